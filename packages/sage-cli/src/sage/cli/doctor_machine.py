@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 import psutil
 from packaging.requirements import Requirement
 
-from sage.cli.findings import WITHOUT_LOCAL, Finding
+from sage.cli.findings import WITHOUT_LOCAL, Finding, last_line
 from sage.common.cgroups import available_cores, memory_limits
 
 _PACKAGES = ("sage-common", "sage-libs", "sage-llm-client", "sage-llm-core", "sage-llm-gateway", "sage-cli", "sage-studio")
@@ -78,7 +78,7 @@ def torch() -> Iterator[Finding]:
         [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
     )
     if done.returncode:
-        problem = (done.stderr.strip().splitlines() or ["Python exited without a message"])[-1]
+        problem = last_line(done.stderr)
         yield Finding("torch", "failed", f"torch cannot be imported: {problem}.", "Install torch again for this machine.")
         return
     found = json.loads(done.stdout.splitlines()[-1])

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +13,8 @@ from typing import Any
 import psutil
 
 from sage.cli import daemon, service
-from sage.cli.findings import WITHOUT_LOCAL, Finding
+from sage.cli.findings import WITHOUT_LOCAL, Finding, last_line
+from sage.common.disks import free_bytes, nearest_existing
 from sage.common.errors import SageError
 from sage.common.paths import get_user_paths
 from sage.common.settings import Settings
@@ -32,13 +32,12 @@ def folders() -> Iterator[Finding]:
     paths = get_user_paths()
     used = {"config": paths.config_dir, "models": paths.data_dir, "state": paths.state_dir, "cache": paths.cache_dir}
     for name, folder in used.items():
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free_bytes = shutil.disk_usage(existing).free
-        free = f"{free_bytes / 1e9:.1f} GB free" + (_copies() if name == "cache" else "")
+        existing, left_bytes = nearest_existing(folder), free_bytes(folder)
+        free = f"{left_bytes / 1e9:.1f} GB free" + (_copies() if name == "cache" else "")
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             problem = "writable" if existing.is_dir() else "a folder"
             yield Finding(name, "failed", f"{existing} is not {problem}.", "Make the folder writable, or set SAGE_HOME.")
-        elif free_bytes < _LOW_BYTES:
+        elif left_bytes < _LOW_BYTES:
             yield Finding(
                 name, "warning", f"{folder}: {free}", "Free up disk space, or set SAGE_HOME to a folder on another disk."
             )
@@ -58,8 +57,8 @@ def database() -> Iterator[Finding]:
         yield Finding("database", "failed", f"The database did not answer within {_CHECK_SECONDS} s.", _REMEDY)
         return
     if done.returncode:
-        problem = (done.stderr.strip().splitlines() or ["Python exited without a message"])[-1]
-        yield Finding("database", "failed", f"The database cannot be checked: {problem}", _REMEDY)
+        problem = last_line(done.stderr)
+        yield Finding("database", "failed", f"The database cannot be checked: {problem}.", _REMEDY)
         return
     report = json.loads(done.stdout)
     yield _database(report)
@@ -115,7 +114,7 @@ def gateway(settings: Settings) -> Iterator[Finding]:
     if health["version"] == version("sage-cli"):
         yield Finding("gateway", "ok", f"{client.base_url}, PID {health['pid']}")
         return
-    remedy = "Run `sage gateway stop`: the next command starts the new version. Engines continue to run."
+    remedy = "Run `sage gateway stop`. The next command starts the new version. Engines continue to run."
     yield Finding("gateway", "warning", f"The gateway at {client.base_url} has version {health['version']}.", remedy)
 
 

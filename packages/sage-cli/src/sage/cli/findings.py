@@ -14,3 +14,8 @@ class Finding:
     state: Literal["ok", "warning", "failed"]
     message: str
     remedy: str = ""
+
+
+def last_line(output: str) -> str:
+    """Return the last line of the error output of Python, without the final period."""
+    return (output.strip().splitlines() or ["Python exited without a message"])[-1].rstrip(".")

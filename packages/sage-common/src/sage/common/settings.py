@@ -20,6 +20,8 @@ from sage.common.fake_devices import parse_fake_devices
 from sage.common.paths import get_user_paths
 from sage.common.validation import config_error
 
+#: File name of the SQLite database in the state folder.
+DATABASE = "engines.db"
 #: Settings whose values are never printed.
 _SECRETS = frozenset({"api_key", "database_url", "webhook_urls", "webhook_secret"})
 #: Allowed lengths of `webhook_secret`. Source: Standard Webhooks, specification 1.0.0, "Signature scheme".
@@ -153,7 +155,7 @@ class Settings(BaseSettings):
     @property
     def store_url(self) -> str:
         """SQLAlchemy URL of the database."""
-        return self.database_url or f"sqlite:///{get_user_paths().state_dir / 'engines.db'}"
+        return self.database_url or f"sqlite:///{get_user_paths().state_dir / DATABASE}"
 
 
 def load_settings() -> Settings:

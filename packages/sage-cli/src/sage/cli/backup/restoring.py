@@ -8,12 +8,13 @@ from pathlib import Path
 
 from sage.cli.backup.archive import Manifest, extract, verify
 from sage.cli.backup.moving import Moves, move_files, open_restored
-from sage.cli.backup.sources import DATABASE
-from sage.cli.backup.space import check_space, full_disk, is_full
+from sage.cli.backup.space import check_space, full_disk
+from sage.common.disks import is_full
 from sage.common.errors import BackupError, Conflict
 from sage.common.files import fsync_path, fsync_tree
 from sage.common.paths import get_user_paths, private_folder
 from sage.common.processes import holder
+from sage.common.settings import DATABASE
 
 Begin = Callable[[str, int], Callable[[int], None]]
 

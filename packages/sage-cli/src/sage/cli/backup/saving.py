@@ -14,12 +14,13 @@ from typing import IO
 
 from sage.cli.backup import sources
 from sage.cli.backup.archive import ArchiveWriter, Manifest
-from sage.cli.backup.sources import DATABASE, Source
-from sage.cli.backup.space import check_space, full_disk, is_full
+from sage.cli.backup.sources import Source
+from sage.cli.backup.space import check_space, full_disk
+from sage.common.disks import is_full
 from sage.common.errors import ConfigError, Conflict
 from sage.common.files import fsync_path
 from sage.common.paths import get_user_paths
-from sage.common.settings import load_settings
+from sage.common.settings import DATABASE, load_settings
 from sage.libs.finetune.run.checkpoints import list_checkpoints
 
 _BUSY_SECONDS = 30.0
@@ -140,7 +141,7 @@ def _add_checkpoint(writer: ArchiveWriter, source: Source) -> None:
         if opened or not newest or newest[0].path == folder:
             return
         folder = newest[0].path
-        files = tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
+        files = sources.files_below(folder)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sage.common.paths import get_user_paths
+from sage.common.settings import DATABASE
 from sage.libs.finetune.run.checkpoints import list_checkpoints
 from sage.libs.finetune.run.output import read_run_file
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunState
 from sage.libs.finetune.run.summary import read_status
 
-DATABASE = "engines.db"
 #: Files that belong to running processes or can be created again, and the database, which is copied separately.
 _TEMPORARY = frozenset({
     "gateway.json", "port", "summary.json", "checkpoint-request", ".reserve",
@@ -35,7 +35,7 @@ def settings_and_state() -> Iterator[Source]:
     """Yield the settings folder and the state folder, without the database."""
     paths = get_user_paths()
     for name, folder in (("config", paths.config_dir), ("state", paths.state_dir)):
-        yield Source(name, folder, _files(folder))
+        yield Source(name, folder, files_below(folder))
 
 
 def run_directories(*, all_checkpoints: bool) -> Iterator[Source]:
@@ -45,12 +45,12 @@ def run_directories(*, all_checkpoints: bool) -> Iterator[Source]:
     """
     for run in _runs():
         name = f"runs/{run.path.name}"
-        yield Source(name, run.path, _files(run.path, ("staging", "checkpoint-*", "damaged-*")))
+        yield Source(name, run.path, files_below(run.path, ("staging", "checkpoint-*", "damaged-*")))
         checkpoints = list_checkpoints(run.path)
         if not all_checkpoints:
             checkpoints = [] if _is_completed(run) else checkpoints[-1:]
         for checkpoint in checkpoints:
-            files = _files(checkpoint.path)
+            files = files_below(checkpoint.path)
             yield Source(f"{name}/{checkpoint.path.name}", checkpoint.path, files, is_checkpoint=True)
 
 
@@ -59,7 +59,7 @@ def output_folders() -> list[Source]:
     outputs = []
     for run in _runs():
         folder = Path(json.loads(run.spec_path.read_text(encoding="utf-8"))["config"]["output_dir"])
-        if read_run_file(folder).get("task_id") == run.path.name and len(files := _files(folder)) > 1:
+        if read_run_file(folder).get("task_id") == run.path.name and len(files := files_below(folder)) > 1:
             outputs.append(Source(f"outputs/{run.path.name}", folder, files))
     return outputs
 
@@ -75,7 +75,7 @@ def _is_completed(run: RunDirectory) -> bool:
         return False
 
 
-def _files(folder: Path, omitted: tuple[str, ...] = ()) -> tuple[Path, ...]:
+def files_below(folder: Path, omitted: tuple[str, ...] = ()) -> tuple[Path, ...]:
     """Return the files below a folder, without temporary files and without the entries that match `omitted`."""
     entries = [entry for entry in sorted(folder.glob("*")) if not any(entry.match(pattern) for pattern in omitted)]
     files = [file for entry in entries for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]

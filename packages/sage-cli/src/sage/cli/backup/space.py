@@ -1,27 +1,19 @@
 """Check the free disk space, and report a full disk."""
 
-import errno
-import shutil
 from pathlib import Path
 
+from sage.common.disks import free_bytes, nearest_existing
 from sage.common.errors import BackupError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _HINT = "Free up disk space, or choose a folder on another disk."
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
     """Raise BackupError if the disk of a folder has too little free space; the folder need not exist yet."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        need = f"{needed_bytes / 1e9:.2f} GB are needed, {free_bytes / 1e9:.2f} GB are free"
-        raise BackupError(code="disk_full", message=f"The disk of {existing} has too little free space: {need}.", hint=_HINT)
-
-
-def is_full(error: OSError) -> bool:
-    """Return whether an error says that the disk is full."""
-    return error.errno in _FULL
+    if (free := free_bytes(folder)) < needed_bytes:
+        need = f"{needed_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        message = f"The disk of {nearest_existing(folder)} has too little free space: {need}."
+        raise BackupError(code="disk_full", message=message, hint=_HINT)
 
 
 def full_disk(folder: Path) -> BackupError:

@@ -4,7 +4,6 @@ The process holds the run's lock, appends the run's events, and exits with code 
 """
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -15,6 +14,7 @@ import traceback
 import warnings
 from pathlib import Path
 
+from sage.common import disks
 from sage.common.errors import RunError, SageError, first_line
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
@@ -146,7 +146,7 @@ def _reported(error: Exception, run: RunDirectory) -> SageError:
 
 def _is_full(error: Exception, folder: Path) -> bool:
     if isinstance(error, OSError) and error.errno:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return disks.is_full(error)
     return shutil.disk_usage(folder).free < _FULL_BYTES or "No space left" in str(error)
 
 

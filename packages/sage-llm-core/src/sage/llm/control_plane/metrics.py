@@ -16,6 +16,7 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
+from sage.common.disks import nearest_existing
 from sage.common.training import FIGURES
 from sage.llm.client.types import Device, EngineKind, EngineState, EngineView
 from sage.llm.control_plane.executors.base import Tokens
@@ -172,8 +173,7 @@ def _disk_metrics(folders: Mapping[str, Path]) -> Iterator[Metric]:
     free = GaugeMetricFamily("sage_disk_free_bytes", "Free space on the disk of a folder.", labels=("folder",))
     size = GaugeMetricFamily("sage_disk_size_bytes", "Size of the disk of a folder.", labels=("folder",))
     for label, folder in folders.items():
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        usage = shutil.disk_usage(existing)
+        usage = shutil.disk_usage(nearest_existing(folder))
         free.add_metric([label], usage.free)
         size.add_metric([label], usage.total)
     yield from (free, size)

@@ -5,6 +5,7 @@ import shutil
 from collections import defaultdict
 from pathlib import Path
 
+from sage.common.disks import nearest_existing
 from sage.common.errors import Conflict, RunError
 from sage.libs.finetune.config import FinetuneConfig
 
@@ -27,7 +28,7 @@ def check_start(config: FinetuneConfig, trained_bytes: int, runs: Path) -> None:
     )
     needed_bytes: dict[int, int] = defaultdict(int)
     for folder, size_bytes in needs:
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        existing = nearest_existing(folder)
         disk = existing.stat().st_dev
         needed_bytes[disk] += size_bytes
         total_bytes, _, free_bytes = shutil.disk_usage(existing)
