@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import uvicorn
 from aiohttp import web
+from http_servers import listening
 from support import free_port
 
 from sage.common.settings import load_settings
@@ -30,14 +31,9 @@ async def engine(answer: Handler, health: Handler = healthy, keep_alive_seconds:
     app = web.Application(client_max_size=2**24)
     app.router.add_get("/health", health)
     app.router.add_post("/v1/{route:.*}", answer)
-    runner = web.AppRunner(app, keepalive_timeout=keep_alive_seconds, shutdown_timeout=0.1, handler_cancellation=True)
-    await runner.setup()
-    port = free_port()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    try:
+    options = {"keepalive_timeout": keep_alive_seconds, "shutdown_timeout": 0.1, "handler_cancellation": True}
+    async with listening(app, **options) as port:
         yield port
-    finally:
-        await runner.cleanup()
 
 
 @contextlib.asynccontextmanager

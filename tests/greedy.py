@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 #: Logits in fp32 differ by less than this between ways to compute them. A smaller lead of the largest logit is a tie.
 NEAR_TIE = 1e-3
@@ -22,6 +22,20 @@ def adapter_on(base: Path, folder: Path, seed: int) -> Path:
             parameter.data.normal_(std=0.02)
     adapted.save_pretrained(folder)
     return folder
+
+
+def greedy_tokens(base: Path, adapter: Path | None, question: str, count: int) -> list[int]:
+    """Return the tokens that transformers, and PEFT with the unmerged adapter, generate greedily."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        ids = model.generate(**prompt, max_new_tokens=count, do_sample=False)
+    answer: list[int] = ids[0, prompt["input_ids"].shape[1] :].tolist()
+    return answer
 
 
 def lead_where_they_differ(model: Any, tokenizer: Any, prompt: list[int], text: str, max_tokens: int) -> float | None:

@@ -5,13 +5,11 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel
+from greedy import greedy_tokens
 from support import ROOT, list_engines
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 PAGES = (
     "README.md",
@@ -33,15 +31,8 @@ def test_every_page_with_commands_is_run() -> None:
 
 def greedy(base: Path, adapter: Path | None, question: str, count: int) -> str:
     """Return what transformers and PEFT themselves answer."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        ids = model.generate(**prompt, max_new_tokens=count, do_sample=False)
-    return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    tokens = greedy_tokens(base, adapter, question, count)
+    return str(AutoTokenizer.from_pretrained(base).decode(tokens, skip_special_tokens=True))
 
 
 @pytest.mark.long

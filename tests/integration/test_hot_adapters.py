@@ -11,6 +11,7 @@ import httpx
 import pytest
 import torch
 from fastapi import FastAPI
+from greedy import greedy_tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import make_tiny_model
@@ -70,20 +71,6 @@ def adapter_on(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
     return folder
 
 
-def expected_of(base: Path, adapter: Path | None, question: str) -> list[int]:
-    """Return the tokens that PEFT's own, unmerged model generates greedily."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
-    chat = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    with torch.no_grad():
-        ids = model.generate(**prompt, max_new_tokens=TOKENS, do_sample=False)
-    answer: list[int] = ids[0, prompt["input_ids"].shape[1] :].tolist()
-    return answer
-
-
 def chat(model: str, question: str, **more: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": question}]
     return {"model": model, "messages": messages, "temperature": 0, "max_tokens": TOKENS, **more}
@@ -133,7 +120,7 @@ def test_a_loaded_adapter_answers_exactly_as_peft_does_alone_and_in_a_mixed_batc
     mixed = asked_at_once(app, "/v1/chat/completions", bodies)
     folders = {"hot": adapter, "base": None}
     wanted = [
-        text_of_ids(tiny_model, expected_of(tiny_model, folders[name], question))
+        text_of_ids(tiny_model, greedy_tokens(tiny_model, folders[name], question, TOKENS))
         for question in QUESTIONS for name in ("hot", "base")
     ]  # fmt: skip
     assert [content_of(answer) for answer in alone] == wanted
@@ -177,7 +164,7 @@ def test_sixteen_adapters_in_one_batch_answer_each_as_its_own(
     found = asked_at_once(app, "/v1/chat/completions", bodies)
     for body, answer in zip(bodies, found, strict=True):
         folder = None if body["model"] == "base" else tmp_path / body["model"]
-        wanted = expected_of(tiny_model, folder, body["messages"][0]["content"])
+        wanted = greedy_tokens(tiny_model, folder, body["messages"][0]["content"], TOKENS)
         assert content_of(answer) == text_of_ids(tiny_model, wanted), body["model"]
         assert answer["model"] == body["model"]
     assert len({content_of(answer) for answer in found[:17]}) > 14  # the adapters differ

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from gateways import ASK, CHAT, engine, gateway, until
+from http_servers import listening
 from support import free_port
 
 from sage.llm.gateway.proxy import EngineProxy
@@ -35,19 +36,15 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Any]]:
 
     app = web.Application()
     app.router.add_post("/v1/traces", receive)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    port = free_port()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
-    for name, value in {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
-        "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
-        "OTEL_BSP_SCHEDULE_DELAY": "10",
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield spans
-    await runner.cleanup()
+    async with listening(app) as port:
+        for name, value in {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}",
+            "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
+            "OTEL_BSP_SCHEDULE_DELAY": "10",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        yield spans
 
 
 def attributes(span: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 
 from aiohttp import web
 from engine_views import engine_view
+from http_servers import listening
 from support import free_port
 
 from sage.common.server_keys import server_key
@@ -25,20 +26,16 @@ def test_the_counters_of_a_server_are_read_with_its_key_and_engines_that_do_not_
     async def main() -> None:
         app = web.Application()
         app.router.add_get("/metrics", answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        port = free_port()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        llama = {"kind": "llm", "backend": "llamacpp", "server_id": "server-0123456789", "address": f"127.0.0.1:{port}"}
-        engines = [
-            engine_view(**llama, id="engine-a"),
-            engine_view(**llama | {"server_id": "server-9999999999"}, id="engine-b"),
-            engine_view(**llama | {"address": f"127.0.0.1:{free_port()}"}, id="engine-c"),
-            engine_view(**llama, id="engine-d", state="starting"),
-            engine_view(**llama | {"backend": "transformers"}, id="engine-e"),
-            engine_view(id="engine-f"),
-        ]
-        assert await read_token_counts(engines) == {"engine-a": Tokens(12, 34)}
-        await runner.cleanup()
+        async with listening(app) as port:
+            llama = {"kind": "llm", "backend": "llamacpp", "server_id": "server-0123456789", "address": f"127.0.0.1:{port}"}
+            engines = [
+                engine_view(**llama, id="engine-a"),
+                engine_view(**llama | {"server_id": "server-9999999999"}, id="engine-b"),
+                engine_view(**llama | {"address": f"127.0.0.1:{free_port()}"}, id="engine-c"),
+                engine_view(**llama, id="engine-d", state="starting"),
+                engine_view(**llama | {"backend": "transformers"}, id="engine-e"),
+                engine_view(id="engine-f"),
+            ]
+            assert await read_token_counts(engines) == {"engine-a": Tokens(12, 34)}
 
     asyncio.run(asyncio.wait_for(main(), 60))

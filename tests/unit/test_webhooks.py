@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from engines import record
 from gateways import gateway, until
+from http_servers import listening
 from pydantic import SecretStr
 from store_promises import lease_of
 from support import free_port
@@ -44,13 +45,8 @@ class Endpoint:
     async def open(self) -> AsyncIterator["Endpoint"]:
         app = web.Application()
         app.router.add_post("/hooks/hunter2", self._answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", self.port).start()
-        try:
+        async with listening(app, self.port):
             yield self
-        finally:
-            await runner.cleanup()
 
     @property
     def types(self) -> list[str]:
