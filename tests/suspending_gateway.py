@@ -16,7 +16,7 @@ from typing import Any
 from sage.llm.client.types import EngineState, EventKind
 from sage.llm.control_plane.store.leases import LeaseStore
 from sage.llm.control_plane.store.store import Store
-from sage.llm.gateway.__main__ import main
+from sage.llm.gateway.main import main
 
 _created = itertools.count(1)
 

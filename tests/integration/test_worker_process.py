@@ -43,7 +43,8 @@ def worker(tiny_model: Path, tmp_path: Path) -> Iterator[Worker]:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        argv = [sys.executable, "-m", "sage.llm.workers.generation", "--model", str(folder), "--fd", str(listening.fileno())]
+        options = ["--model", str(folder), "--fd", str(listening.fileno())]
+        argv = [sys.executable, "-m", "sage.llm.workers", "generation", *options]
         environment = {**os.environ, "SAGE_ENGINE_ID": "engine-0123456789"}
         process = subprocess.Popen(argv, pass_fds=[listening.fileno()], env=environment, stderr=subprocess.DEVNULL)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sage.common import disks
 from sage.common.errors import RunError, SageError, first_line
+from sage.common.imports import UNUSED_BY_LANGUAGE_MODELS, fast_imports
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
@@ -32,8 +33,6 @@ from sage.libs.models.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 #: If fewer bytes than this are free on the disk when an error occurs, the error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: Packages that SFT does not use. If they are installed, transformers imports them. This takes 1 s and 120 MB.
-_UNUSED = ("datasets", "pandas", "scipy", "sklearn")
 #: Seconds that a failed additional process waits before it checks whether the main process still runs.
 _LEADER_SECONDS = 1.0
 
@@ -110,10 +109,11 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
     make_importable(config)
     # Both modules import torch, which takes seconds. They are imported here, after the signal handlers are installed.
     if config.method == "sft":
-        sys.modules.update(dict.fromkeys(_UNUSED))  # type: ignore[arg-type] # treat the packages as not installed
-        from sage.libs.finetune.training.trainer import TrainingRun as Run
+        with fast_imports(UNUSED_BY_LANGUAGE_MODELS):
+            from sage.libs.finetune.training.trainer import TrainingRun as Run
     else:
-        from sage.libs.finetune.training.preference import PreferenceRun as Run
+        with fast_imports():
+            from sage.libs.finetune.training.preference import PreferenceRun as Run
     Run(run, stop).train()
 
 

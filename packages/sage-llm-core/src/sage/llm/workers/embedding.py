@@ -1,4 +1,4 @@
-"""Serve `/v1/embeddings` with sentence-transformers: `python -m sage.llm.workers.embedding --model M --port P`."""
+"""Serve `/v1/embeddings` with sentence-transformers: `python -m sage.llm.workers embedding --model M --port P`."""
 
 import base64
 from typing import Any
@@ -75,6 +75,7 @@ def _encoded(vector: Tensor, request: EmbeddingRequest) -> list[float] | str:
     return numbers
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve until SIGTERM."""
     arguments = server.parser().parse_args()
     server.run(lambda: build(arguments.model), arguments)

@@ -1,4 +1,4 @@
-"""Serve chats and completions in OpenAI's format: `python -m sage.llm.workers.generation --model M --port P`."""
+"""Serve chats and completions in OpenAI's format: `python -m sage.llm.workers generation --model M --port P`."""
 
 import json
 import os
@@ -273,7 +273,8 @@ def _characters(value: Any) -> int:
     return len(value) if isinstance(value, str) else 1
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve until SIGTERM."""
     options = server.parser()
     options.add_argument("--dtype", default="auto")
     options.add_argument("--max-tokens", type=int, default=1024, help="Maximum tokens of an answer if a request sets none.")

@@ -62,7 +62,3 @@ def main() -> None:
         options = server_options(given)
     script = str(Path(__file__).with_name("llamacpp_server.py"))
     os.execv(given.interpreter, [str(given.interpreter), script, json.dumps(options)])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Serve chats and completions with OpenVINO: `python -m sage.llm.workers.openvino --model M --port P`.
+"""Serve chats and completions with OpenVINO: `python -m sage.llm.workers openvino --model M --port P`.
 
 The server runs in the environment of the backend, and imports SAGE, torch and transformers from SAGE's environment.
 """
@@ -56,7 +56,3 @@ def main() -> None:
     options.add_argument("--threads", type=int, required=True)
     given = options.parse_args()
     server.run(lambda: build(given), given)
-
-
-if __name__ == "__main__":
-    main()

@@ -81,7 +81,3 @@ def main() -> None:
         folder = serving_folder(resolve_model(given.model))
     script = Path(__file__).with_name("vllm_server.py")
     os.execv(given.interpreter, [given.interpreter, "-I", str(script), "--model", str(folder), *options])
-
-
-if __name__ == "__main__":
-    main()

@@ -32,7 +32,7 @@ class EmbeddingBackend(WorkerBackend):
     def argv(self, model: str, served_name: str, options: EmbeddingOptions) -> tuple[str, ...]:
         """Return the command that serves `model` on the socket that the launcher passes."""
         listen = ("--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT)
-        return (*self.interpreter, "-m", "sage.llm.workers.embedding", "--model", model, *listen)
+        return (*self.interpreter, "-m", "sage.llm.workers", "embedding", "--model", model, *listen)
 
     def estimate(self, model: ModelSource, options: EmbeddingOptions) -> MemoryEstimate | None:
         """Return the memory of the server, with weights in fp32."""

@@ -83,7 +83,7 @@ class LlamaCppBackend(WorkerBackend):
             "max-tokens": options.max_tokens, "threads": options.threads or available_cores(),
         }  # fmt: skip
         flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-        return (*self.interpreter, "-m", "sage.llm.workers.llamacpp", *flags)
+        return (*self.interpreter, "-m", "sage.llm.workers", "llamacpp", *flags)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
         """Return whether the status is 200 and the answer contains the name of the server's model."""

@@ -43,7 +43,7 @@ class OpenVinoBackend(WorkerBackend):
             "threads": options.threads or os.cpu_count(),
         }  # fmt: skip
         flags = [text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))]
-        return (environments.interpreter(self.name), "-P", "-m", "sage.llm.workers.openvino", *flags)
+        return (environments.interpreter(self.name), "-P", "-m", "sage.llm.workers", "openvino", *flags)
 
     def environment(self, options: OpenVinoOptions) -> Mapping[str, str]:
         """Return additional environment variables: the number of threads, and the path of SAGE's packages."""

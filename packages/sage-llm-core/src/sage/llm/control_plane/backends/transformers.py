@@ -39,7 +39,7 @@ class TransformersBackend(WorkerBackend):
         limits = {"--context-tokens": options.context_tokens, "--cache-tokens": options.kv_cache_tokens}
         given = [text for name, value in limits.items() if value for text in (name, str(value))]
         return (
-            *self.interpreter, "-m", "sage.llm.workers.generation", "--model", model, "--served-name", served_name,
+            *self.interpreter, "-m", "sage.llm.workers", "generation", "--model", model, "--served-name", served_name,
             "--port", PORT_ARGUMENT, "--fd", DESCRIPTOR_ARGUMENT, "--dtype", options.dtype, "--slots", str(options.slots),
             "--max-tokens", str(options.max_tokens), *given,
         )  # fmt: skip

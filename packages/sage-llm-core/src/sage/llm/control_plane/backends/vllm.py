@@ -72,7 +72,7 @@ class VllmBackend(WorkerBackend):
             given["kv-cache-memory-bytes"] = options.kv_cache_gb * _GIB
         flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         switches = ["--enable-lora", "--disable-uvicorn-access-log", *([] if is_cpu else ["--enable-sleep-mode"])]
-        return (sys.executable, "-m", "sage.llm.workers.vllm", *flags, *switches)
+        return (sys.executable, "-m", "sage.llm.workers", "vllm", *flags, *switches)
 
     def environment(self, options: VllmOptions) -> Mapping[str, str]:
         """Return additional environment variables for the process."""
