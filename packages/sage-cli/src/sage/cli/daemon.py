@@ -46,7 +46,7 @@ def find_process() -> ProcessIdentity | None:
 
 
 def find_client() -> SageClient:
-    """Return a client of the running gateway, or of the address in the settings if no gateway runs."""
+    """Return a client for the running gateway, or for the address in the settings if no gateway runs."""
     with usable_state_folder(), contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads((get_user_paths().state_dir / "gateway.json").read_text(encoding="utf-8"))
         # A gateway that was started with --standby does not hold the lock, so check the process in gateway.json.
@@ -61,7 +61,7 @@ def find_client() -> SageClient:
 def connect() -> SageClient:
     """Return a client of the running gateway. If no gateway answers and its address is local, start a gateway.
 
-    Raises GatewayUnreachable if no gateway answers at an address of another machine.
+    Raises GatewayUnreachable if the address is on another machine and no gateway answers there.
     """
     client = find_client()
     if health := find_health(client):

@@ -22,7 +22,7 @@ from sage.common.settings import Settings
 #: If less disk space than this is free, a warning is reported, because the checkpoints of a run need space.
 _LOW_BYTES = 5 * 10**9
 _CHECK_SECONDS = 60
-#: If clocks differ by more than this, times in lists and logs mislead.
+#: A larger difference between clocks is reported, because times in lists and logs would be misleading.
 _SKEW_SECONDS = 5.0
 _REMEDY = "Correct SAGE_DATABASE_URL, or unset it to use SQLite in the state folder."
 
@@ -98,7 +98,7 @@ def _clock(report: dict[str, Any]) -> Finding:
 
 
 def gateway(settings: Settings) -> Iterator[Finding]:
-    """Check the gateway if one runs, else whether its port is free."""
+    """Check the running gateway. If no gateway runs, check whether its port is free."""
     try:
         client = daemon.find_client()
         health = daemon.find_health(client)
@@ -127,12 +127,12 @@ def _port(settings: Settings) -> Finding:
             probe.listen()
     except OSError as error:
         message = f"The gateway cannot listen on {host}:{port}: {error.strerror or error}{_owner(port)}."
-        return Finding("port", "failed", message, "Stop that program, or set SAGE_GATEWAY_PORT to a free port.")
+        return Finding("port", "failed", message, "Stop the program on this port, or set SAGE_GATEWAY_PORT to a free port.")
     return Finding("port", "ok", f"{host}:{port} is free")
 
 
 def _owner(port: int) -> str:
-    """Return the program that listens on a port, as part of a message; "" if it belongs to another user."""
+    """Return the part of a message that names the program listening on a port; "" if the program is not known."""
     try:
         connections = psutil.net_connections("tcp")
     except psutil.Error:

@@ -1,7 +1,7 @@
 """Decide which waiting engines get memory on which devices, and which engines are paused for them.
 
-If engines wait that fit only after training runs end, memory is reserved for the first of these engines. Smaller engines can
-therefore not delay it without end.
+Some waiting engines fit only after training runs have ended. Memory is reserved for the first of these engines, so that
+smaller engines cannot delay this engine forever.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,27 +16,28 @@ class DeviceMemory:
     """The memory of a device that the engines of this node may use."""
 
     id: str  #: `cpu` or, for example, `cuda:0`
-    usable_bytes: int  #: the total, or the configured limit if that is smaller
-    foreign_bytes: int = 0  #: used by other programs
-    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: used by the servers of this node, by server id
+    usable_bytes: int  #: the total memory or the lowest limit that applies, whichever is smaller
+    foreign_bytes: int = 0  #: memory that other programs use
+    #: key: id of a server of this node; value: memory that the server uses
+    used_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Holder:
-    """An engine that has memory."""
+    """A server that has memory, or an engine that gets memory in the same plan."""
 
-    engine_id: str
-    memory_bytes: int  #: on each of its devices
+    engine_id: str  #: id of the server or of the engine
+    memory_bytes: int  #: reserved memory on each of `devices`
     devices: tuple[str, ...]
     priority: int = 0
-    is_pausable: bool = False  #: an inference engine that may be paused to make room
-    ends: bool = False  #: a training run, which frees its memory without an action of the user
-    is_leaving: bool = False  #: the engine is being paused or stopped, and still uses its memory
-    is_asleep: bool = False  #: a sleeping server; its process may be ended for any waiting engine
-    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: measured memory by device id
+    is_pausable: bool = False  #: True: the engines on the server may be paused to make room
+    ends: bool = False  #: True: a training run, which frees its memory when the run ends
+    is_leaving: bool = False  #: True: the server or its engines are stopping; the memory is still used
+    is_asleep: bool = False  #: True: a sleeping server, which may be ended for any waiting engine
+    used_bytes: Mapping[str, int] = field(default_factory=dict)  #: key: device id; value: measured memory
 
     def bytes_on(self, device_id: str) -> int:
-        """Return the memory that the engine has on a device: what it has reserved, or what it uses if that is more."""
+        """Return the reserved memory or the measured memory on a device, whichever is larger."""
         return max(self.memory_bytes if device_id in self.devices else 0, self.used_bytes.get(device_id, 0))
 
 
@@ -45,15 +46,16 @@ class Claim:
     """A waiting engine."""
 
     engine_id: str
-    memory_bytes: int  #: on each of its devices
+    memory_bytes: int  #: memory that the engine needs on each device
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `memory_bytes`
     device_count: int = 1
     devices: tuple[str, ...] | None = None  #: ids of the devices that the engine may use; None: any device
     priority: int = 0
     on_busy: OnBusy = OnBusy.WAIT
     wakes: str | None = None  #: id of the sleeping server that the engine wakes
-    is_due: bool = True  #: False: the earliest start time is in the future
-    has_room: bool = False  #: engines were paused for this engine, or it is restarted; it is therefore decided first
+    is_due: bool = True  #: False: the engine's start time or next restart is in the future
+    #: True: other engines were paused for this engine, or this engine restarts. `admit` decides this engine first.
+    has_room: bool = False
 
     @property
     def smallest_bytes(self) -> int:
@@ -61,7 +63,7 @@ class Claim:
         return self.memory_bytes if self.least_bytes is None or self.on_busy is not OnBusy.SHARE else self.least_bytes
 
     def after_pause(self) -> "Claim":
-        """Return the claim of this engine after a pause. `on_busy` is then `wait`, unless it is `share`."""
+        """Return the claim for an engine that was paused: `on_busy` becomes `wait`, except that `share` is kept."""
         return self if self.on_busy is OnBusy.SHARE else replace(self, on_busy=OnBusy.WAIT)
 
 
@@ -70,21 +72,21 @@ class Start:
     """Start the engine on these devices."""
 
     devices: tuple[str, ...]
-    memory_bytes: int  #: to reserve on each device
+    memory_bytes: int  #: memory to reserve on each device
 
 
 @dataclass(frozen=True)
 class MakeRoom:
-    """Pause these engines."""
+    """Pause the engines on some servers, or end sleeping servers, so that the waiting engine can start afterwards."""
 
-    pause: tuple[str, ...]
-    devices: tuple[str, ...]
+    pause: tuple[str, ...]  #: ids of the servers
+    devices: tuple[str, ...]  #: the devices on which the waiting engine can then start
 
 
 class Cause(StrEnum):
     """Why an engine waits, or why it cannot start."""
 
-    NOT_DUE = "not_due"  #: the engine's start time is in the future
+    NOT_DUE = "not_due"  #: the engine's start time or next restart is in the future
     ROOM = "room"  #: engines that must make room for this engine are stopping
     MEMORY = "memory"  #: too little memory is free
     RESERVED = "reserved"  #: enough memory is free, but it is reserved for an engine ahead in the queue
@@ -186,9 +188,10 @@ class _State:
         return Wait(position, Cause.RESERVED if is_free else Cause.MEMORY, most_free)
 
     def _start(self, claim: Claim, allowed: Mapping[str, _Device]) -> Start | None:
-        """Place the engine on the fullest devices that have enough room for `memory_bytes`.
+        """Among the devices with room for `memory_bytes`, place the engine on those with the least room.
 
-        If there are none and `on_busy` is `share`, place it on the emptiest devices if they have room for `smallest_bytes`.
+        If there are too few such devices and `on_busy` is `share`, use the devices with the most room. The engine is not
+        placed if one of these devices has no room for `smallest_bytes`.
         """
         rooms = {key: device.room_bytes for key, device in allowed.items()}
         keys = _choose(claim, rooms, claim.memory_bytes)
@@ -202,7 +205,7 @@ class _State:
         return Start(keys, memory_bytes)
 
     def _reserve_soon(self, claim: Claim, allowed: Mapping[str, _Device]) -> bool:
-        """Reserve devices on which the engine fits after the stopping engines exit."""
+        """Reserve devices on which the engine fits after the stopping engines exit. Return False if there are too few."""
         keys = _choose(claim, {key: device.room_soon_bytes for key, device in allowed.items()}, claim.smallest_bytes)
         for key in keys:
             allowed[key].soon_bytes += min(claim.memory_bytes, allowed[key].room_soon_bytes)
@@ -245,7 +248,7 @@ class _State:
 
 
 def _choose(claim: Claim, rooms: Mapping[str, int], need_bytes: int) -> tuple[str, ...]:
-    """Return the devices with the least room, among those with at least `need_bytes`, or () if there are too few."""
+    """Among the devices with room for `need_bytes`, return those with the least room. Return () if there are too few."""
     fitting = sorted((key for key, room in rooms.items() if room >= need_bytes), key=lambda key: (rooms[key], key))
     return tuple(fitting[: claim.device_count]) if len(fitting) >= claim.device_count else ()
 

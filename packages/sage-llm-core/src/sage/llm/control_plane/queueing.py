@@ -40,11 +40,13 @@ class Queue:
 
     joins: Mapping[str, ServerRecord] = field(default_factory=dict)
     decisions: Mapping[str, Decision] = field(default_factory=dict)
-    wakes: Mapping[str, ServerRecord] = field(default_factory=dict)  #: sleeping servers that engines use if they start
-    #: key: id of an engine to pause; value: id of the engine that gets its memory
+    #: key: id of a waiting engine; value: the sleeping server to wake if the engine can start
+    wakes: Mapping[str, ServerRecord] = field(default_factory=dict)
+    #: key: id of an engine to pause; value: id of the waiting engine that needs the memory
     pauses: Mapping[str, str] = field(default_factory=dict)
-    evicted: frozenset[str] = frozenset()  #: ids of sleeping servers whose memory is needed
-    errors: dict[str, Exception] = field(default_factory=dict)  #: why no action could be planned, by engine id
+    evicted: frozenset[str] = frozenset()  #: ids of sleeping servers to end, because their memory is needed
+    #: key: engine id; value: why no action could be planned for the engine
+    errors: dict[str, Exception] = field(default_factory=dict)
 
     def reason(self, engine: EngineRecord) -> Reason | None:
         """Return why an engine waits or cannot start, or None if no reason is known."""
@@ -67,7 +69,7 @@ def rank(engine: EngineRecord) -> tuple[int, float]:
 def rank_at(engine: EngineRecord, position: int, waiting: Sequence[EngineRecord]) -> float:
     """Return the `queue_rank` that moves an engine to a position in the queue.
 
-    The engine moves to `position` (from 1), or as near to it as the engine's priority allows.
+    The engine moves to `position`, or to the nearest position that the engine's priority allows. The first position is 1.
     waiting: all waiting engines, in the order of the queue.
     """
     others = [other for other in waiting if other.id != engine.id]
@@ -93,12 +95,15 @@ def queue_of(
     hosts: Hosts,
     memory: Memory | None,
 ) -> Queue:
-    """Return what each waiting engine should do.  memory: None if the devices are not known; then no engine waits for it."""
+    """Return what each waiting engine should do.
+
+    memory: None if the devices are not known. In this case, no engine waits for memory.
+    """
     joins: dict[str, ServerRecord] = {}
     claims: list[Claim] = []
     wakes: dict[str, ServerRecord] = {}
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
-    # An engine that is restarted gets the memory that it had, before the engines ahead of it in the queue.
+    # Engines that restart are decided first. Otherwise, another engine could get the memory that a restarted engine had.
     room_for |= {engine.id for engine in engines if engine.restarts and not engine.paused_by}
     for engine in sorted(filter(is_waiting, engines), key=rank):
         is_due = watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)
@@ -145,7 +150,7 @@ def _claim(engine: EngineRecord, memory: Memory | None, *, is_due: bool, has_roo
 
 
 def _to_wake(claim: Claim, asleep: ServerRecord) -> Claim:
-    """Return the claim for the memory that a sleeping server needs in addition to what it has kept."""
+    """Return the claim for the memory that a sleeping server needs in addition to the memory that it still has."""
     kept_bytes = asleep.reserved_bytes or 0
     return replace(
         claim, memory_bytes=max(0, claim.memory_bytes - kept_bytes), devices=asleep.devices, wakes=asleep.id

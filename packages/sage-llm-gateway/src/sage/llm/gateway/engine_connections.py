@@ -63,7 +63,7 @@ class EngineConnection(asyncio.Protocol):
         return b"".join(pieces)
 
     async def piece(self) -> bytes:
-        """Wait for the next part of the body and return it; b"" at the end of the body. Raises ConnectionError."""
+        """Wait for the next part of the body and return it. At the end of the body, return b"". Raises ConnectionError."""
         while not self._pieces and not self._is_complete:
             await self._wait()
         content = b"".join(self._pieces)
@@ -75,7 +75,7 @@ class EngineConnection(asyncio.Protocol):
         return content
 
     def end(self) -> bool:
-        """End the request, and return whether the connection can be used again; otherwise, close the connection."""
+        """End the request, and close a connection that cannot be reused. Return whether the connection can be reused."""
         self._is_busy = False
         if self._is_complete and self._is_reusable and not self.transport.is_closing():
             return True
@@ -104,7 +104,8 @@ class EngineConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Call `forget`, and end the request in progress.
 
-        An answer without a length is complete when the connection ends without an error; other incomplete answers fail.
+        If the answer has no length and the connection ended without an error, the answer is complete. Every other incomplete
+        answer fails.
         """
         self._forget(self)
         if self._ends_at_eof and exc is None:
@@ -114,7 +115,7 @@ class EngineConnection(asyncio.Protocol):
         self._wake()
 
     def on_message_begin(self) -> None:
-        """Raise ConnectionError if the server sends two answers to a request; the parser then raises HttpParserError."""
+        """Raise ConnectionError if the server sends a second answer. The parser converts this error to HttpParserError."""
         if self._is_complete:
             raise ConnectionError
 

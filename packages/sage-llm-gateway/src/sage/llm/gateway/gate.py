@@ -50,7 +50,7 @@ class Gate:
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, then forward it to the proxy or the application; answer with an error if this fails."""
+        """Check a request, then forward it to the proxy or the application. If a step fails, answer with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -113,7 +113,7 @@ class _Answer:
         await self._send(message)
 
     async def fail(self, error: SageError, receive: Receive) -> None:
-        """Answer with an error. If the answer has begun, raise the error, and RequestCycle closes the connection."""
+        """Answer with an error. If the answer has begun, raise the error; RequestCycle then closes the connection."""
         if self.has_begun:
             raise error
         await error_response(error)(self._scope, receive, self.send)

@@ -21,7 +21,7 @@ IdleStop = Annotated[
 Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the result when the run is completed.")]
 ServeAs = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the name of --output."),
+    typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the name of the output folder."),
 ]
 ServeCheckpoints = Annotated[
     bool, typer.Option("--serve-checkpoints", help="Serve the newest checkpoint while the run trains.")
@@ -30,7 +30,7 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="--wait: until the engine has ended; --no-wait: until it is validated; default: until it serves or trains.",
+        help="Wait until the engine has ended (--wait) or is validated (--no-wait); default: until it serves or trains.",
     ),
 ]
 Options = Annotated[
@@ -39,7 +39,7 @@ Options = Annotated[
 
 
 class Busy(StrEnum):
-    """What an engine does if not enough memory is free. The values are repeated for the same reason as `Kind`."""
+    """What to do if not enough memory is free. The values are repeated so that `--help` does not import the client."""
 
     wait = "wait"
     preempt = "preempt"
@@ -74,7 +74,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """The engine states, repeated for the same reason as `Kind`."""
+    """The engine states, repeated here so that `--help` does not import the client."""
 
     validating = "validating"
     queued = "queued"
@@ -88,7 +88,7 @@ class State(StrEnum):
 
 
 class Policy(StrEnum):
-    """The restart policies, repeated for the same reason as `Kind`."""
+    """The restart policies, repeated here so that `--help` does not import the client."""
 
     no = "no"
     on_failure = "on-failure"
@@ -179,7 +179,7 @@ def _note(text: str) -> tuple[str, str]:
 
 
 def further_options(given: list[str] | None) -> dict[str, str | int]:
-    """Return KEY=VALUE options as a dictionary, with decimal numbers as integers. Raises ConfigError for another syntax."""
+    """Return KEY=VALUE options as a dictionary. Decimal numbers become integers. Raises ConfigError for invalid options."""
     return {key: int(value) if value.isdecimal() else value for key, value in map(_option, given or ())}
 
 

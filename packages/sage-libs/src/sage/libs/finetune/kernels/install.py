@@ -18,7 +18,7 @@ from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import frozen_rms_norm, rms_norm
 
 #: Maximum accepted ratio: standard deviation of the difference in logits / standard deviation of the logits. For random
-#: tokens, the ratio for bf16 against fp32 in transformers is 0.08; the ratio for unrelated logits is about 1.
+#: tokens, the logits of transformers in bf16 and in fp32 have a ratio of 0.08. Unrelated logits have a ratio above 1.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25}
 _PROBE_LENGTHS = (7, 12)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -36,7 +36,7 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 
 
 class Kernels:
-    """The kernels installed in a model, which then accepts packed samples and returns the last hidden states as `logits`."""
+    """The kernels installed in a model. The model accepts packed samples, and its `logits` are the last hidden states."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
         """Install the kernels without comparing the logits; the function `install` also compares them."""
@@ -93,8 +93,9 @@ class Kernels:
 def install(
     model: PreTrainedModel, compute_dtype: torch.dtype | None = None, *, int8: bool = False
 ) -> tuple[Kernels | None, str]:
-    """Install the kernels in a model with adapters. Return the kernels and a summary, or None and why they are not used.
+    """Install the kernels in a model with adapters.
 
+    Return the kernels and a summary. If the kernels are not used, return None and the reason.
     model: transformers' model, not PEFT's wrapper.  compute_dtype: dtype of matrix products; default: the model's dtype.
     int8: whether to quantize the frozen weights to int8, except weights with a large error.
     """
@@ -109,7 +110,7 @@ def install(
     except (RuntimeError, ValueError, TypeError) as error:
         kernels.uninstall()
         return None, f"fallback: unsupported module structure in {type(model).__name__} ({str(error).splitlines()[0]})"
-    # A quantized base gets the larger tolerance, because rounding of the inputs can enlarge a tiny difference.
+    # A quantized model gets the tolerance of bf16, because a quantized layer rounds its inputs and can enlarge differences.
     if not difference < _TOLERANCE[torch.bfloat16 if getattr(model, "is_quantized", False) else before.dtype]:
         kernels.uninstall()
         return None, f"fallback: outputs of {type(model).__name__} differ by {difference:.1%}"

@@ -1,6 +1,7 @@
 """Build micro-batches from samples.
 
-For SAGE's attention, the samples are packed into one sequence. Otherwise, they are padded to the longest sample.
+If SAGE's kernels are used, the samples are packed into one sequence. Otherwise, each sample is padded to the length of the
+longest sample.
 """
 
 import bisect
@@ -27,12 +28,14 @@ _TOKENS_STEP = 64
 class PackedCollator:
     """Concatenates samples into one sequence for the kernels, with at most 63 tokens of padding at the end.
 
-    The padding keeps the number of sizes small, because oneDNN compiles a matrix product for each new size (3 ms, 1 MB).
+    The padding limits the number of different lengths, because oneDNN compiles a matrix product for each new length. The
+    compilation takes 3 ms and 1 MB.
     """
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
-        """Return input_ids, position_ids, attention_mask, labels (1, tokens), and cu_seq_lens_q (samples + 1,), all int64.
+        """Return int64 tensors: input_ids, position_ids, attention_mask, labels and cu_seq_lens_q.
 
+        The shape of cu_seq_lens_q is (samples + 1,). The shape of each other tensor is (1, tokens).
         cu_seq_lens_q: index of the first token of each sample, followed by the number of tokens without padding.
         """
         sequences = list(_flat(packs))
@@ -53,7 +56,7 @@ class PackedCollator:
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """Puts each sample in its own row, padded to the longest sample; works with every model."""
+    """Puts each sample in its own row, padded to the length of the longest sample. This works with every model."""
 
     pad_token_id: int
 
@@ -79,7 +82,7 @@ Collator = PackedCollator | PaddedCollator
 
 
 def cut(batch: Batch, times: int) -> list[Batch]:
-    """Cut a micro-batch in half `times` times; return up to 2 ** times micro-batches, with samples in the same order."""
+    """Cut a micro-batch into at most 2 ** `times` micro-batches by repeated halving. The order of the samples is kept."""
     samples = samples_in(batch)
     if not times or samples == 1:
         return [batch]
