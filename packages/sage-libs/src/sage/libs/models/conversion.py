@@ -102,7 +102,7 @@ def _reported(failure: str, place: Path) -> Iterator[None]:
 def _convert(gguf: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # transformers gives advice about memory that does not apply here
+    transformers_logging.set_verbosity_error()  # transformers' advice about memory does not apply here
     try:
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False

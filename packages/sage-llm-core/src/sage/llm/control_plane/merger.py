@@ -22,12 +22,15 @@ from sage.llm.control_plane.store.store import Store
 from sage.llm.control_plane.writing import Writer
 
 logger = logging.getLogger(__name__)
-#: The `form` (how the server loads the model) of an engine whose adapter was merged in the background.
+#: Value of `EngineRecord.form` for an engine whose adapter was merged in the background.
 MERGED = "merged in the background"
 
 
 class Merger:
-    """Starts and removes mergers, which are engines that merge an adapter, and swaps the servers of two engines."""
+    """Starts and removes mergers, and swaps the servers of a merger and an engine.
+
+    A merger is a temporary engine that merges the adapter of another engine into the base model.
+    """
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class Merger:
 
 
 def _merger_of(engine: EngineRecord, observed: Observed | None) -> EngineRecord:
-    """Return the record of a new engine that serves the adapter of `engine`, merged into its base. Raises SageError."""
+    """Return the record of a new engine that merges the adapter of `engine` into the base model. Raises SageError."""
     backend, reason = registry.resolve_merged(resolve_model(engine.model))
     given = dict(engine.options)
     if observed and observed.context_tokens:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: LoRA weights by name of the linear layer: A, (rank, in_features), and the transposed B, (rank, out_features). One of the
-#: two matrices already contains the adapter's scaling factor.
+#: Key: name of a linear layer. Value: LoRA's A, (rank, in_features), and LoRA's B, transposed to (rank, out_features).
+#: One of the two matrices is already multiplied by the adapter's scaling factor.
 Weights = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -20,7 +20,7 @@ class Adapter:
 
 
 class _Stack:
-    """The stacked weights of several adapters, so that two matrix products per layer compute all adapters.
+    """The stacked weights of several adapters, so that two matrix products per layer are enough for all adapters.
 
     The product of the inputs and all matrices A has a group of columns for each adapter. For each token, the columns of the
     adapters that the token does not use are set to 0. These columns then add nothing in the product with all matrices B.
@@ -29,7 +29,8 @@ class _Stack:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self.adapters = tuple(adapters)
-        self.layers: dict[str, tuple[Tensor, Tensor, tuple[int, ...]]] = {}  #: by layer: all A, all B, ranks
+        #: key: layer name; value: the matrices A of all adapters, the matrices B of all adapters, the rank of each adapter
+        self.layers: dict[str, tuple[Tensor, Tensor, tuple[int, ...]]] = {}
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.weights):
             having = [adapter.weights[name] for adapter in adapters if name in adapter.weights]
             ranks = tuple(len(adapter.weights[name][0]) if name in adapter.weights else 0 for adapter in adapters)
@@ -84,7 +85,7 @@ class Adapters:
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
         """Add the adapters' output to a layer's output in place.  inputs: (..., in_features).  output: (..., out_features).
 
-        Raises NotImplementedError if the layer receives another number of tokens than the pass has.
+        Raises NotImplementedError if the layer does not receive all tokens of the forward pass.
         """
         if not self._is_on or name not in self._stack.layers:
             return

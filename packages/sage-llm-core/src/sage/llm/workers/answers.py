@@ -18,7 +18,7 @@ class Answer:
         self, voice: Voice, prompt: list[int], sampling: Sampling, chooser: Chooser, limit: int,
         put: Callable[[Piece], None], *, continues: bool,
     ) -> None:  # fmt: skip
-        """limit: maximum number of tokens of the answer.  put: receives the pieces.
+        """limit: maximum number of tokens of the answer.  put: function that receives the pieces.
 
         continues: whether the answer continues the text of the prompt, as in a completion.
         """

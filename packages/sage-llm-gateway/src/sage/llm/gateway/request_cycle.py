@@ -1,4 +1,4 @@
-"""One request of a client and its answer: the ASGI functions `receive` and `send`, with fewer calls than uvicorn's."""
+"""One request of a client and its answer. The ASGI functions `receive` and `send` make fewer calls than those of uvicorn."""
 
 import asyncio
 import logging
@@ -25,7 +25,7 @@ class RequestCycle:
         self, scope: Scope, transport: asyncio.Transport, flow: FlowControl, default_headers: RawHeaders,
         on_response: Callable[[], None], *, keep_alive: bool, waits_for_100_continue: bool,
     ) -> None:  # fmt: skip
-        """default_headers: added to the answer.  on_response: called when the answer is complete.
+        """default_headers: headers to add to the answer.  on_response: function that is called when the answer is complete.
 
         keep_alive: whether the connection stays open after the answer.
         """
@@ -39,7 +39,7 @@ class RequestCycle:
         self._chunks_bytes = 0
         self._has_begun = self._is_chunked = False
         self._held_head = b""
-        self._left_bytes = 0  #: bytes of the answer that are still to be sent, if its length is known
+        self._left_bytes = 0  #: number of body bytes still to send, if the answer's length is known
 
     async def run_asgi(self, app: ASGIApp) -> None:
         """Let the application answer the request. If the answer is then incomplete, close the connection."""

@@ -29,7 +29,7 @@ class Int8Matrix:
     """An int8 weight of shape (outputs, inputs): integers[o, i] * scales[o] * factors[i]."""
 
     def __init__(self, weight: Tensor, activation_absmax: Tensor) -> None:
-        """weight: (outputs, inputs).  activation_absmax: (inputs,), the largest absolute value of each input."""
+        """weight: (outputs, inputs).  activation_absmax: (inputs,), the largest absolute value of each input feature."""
         wide, tiny = weight.float(), torch.finfo(torch.float32).tiny
         weight_absmax = wide.abs().amax(0)
         self._factors = (weight_absmax.clamp_min(tiny) / activation_absmax.float().clamp_min(tiny)).sqrt_()
@@ -43,13 +43,13 @@ class Int8Matrix:
         return self._integers.to(dtype).mul_(self._scales[:, None]).mul_(self._factors)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs @ matrix.t(), (rows, outputs), in the dtype of the inputs.  inputs: (rows, inputs), bf16 or fp32."""
+        """Return inputs @ weight.t(), (rows, outputs), in the dtype of the inputs.  inputs: (rows, inputs), bf16 or fp32."""
         integers, scales = quantize(inputs, self._factors)
         outputs = inputs.new_empty(inputs.shape[0], self._integers.shape[0])
         return rescale(_int_matmul(integers, self._integers.t()), scales, self._scales, outputs)
 
     def backward(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return grad @ matrix, (rows, inputs), in the dtype of grad.
+        """Return grad @ weight, (rows, inputs), in the dtype of grad.
 
         onto: tensor to which the product is added in place; None: the product is a new tensor.
         """
@@ -60,9 +60,9 @@ class Int8Matrix:
 
 
 def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply `numbers` (rows, columns) by the column factors and quantize; return int8 values and one scale per row.
+    """Multiply `numbers` (rows, columns) by the column factors, and quantize the products.
 
-    If a row contains NaN, its scale is NaN.
+    Return int8 values and one scale per row. If a row contains NaN, the scale of the row is NaN.
     """
     native, _ = library(_SOURCE)
     if native is None:

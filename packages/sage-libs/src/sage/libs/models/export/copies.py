@@ -23,7 +23,8 @@ _KINDS = ("gguf", "openvino", "vllm")
 def usable_copy(kind: str, key: str, needed_bytes: float, write: Callable[[Path], None]) -> Path:
     """Return a copy that this process can use until its exit; create the copy if needed. Raises SageError.
 
-    kind: one of `_KINDS`.  write: writes the files into a new folder; if it raises an exception, the folder is removed.
+    kind: one of `_KINDS`.
+    write: function that writes the files into a new folder. If the function raises an exception, the folder is removed.
     If all copies together are too large, unused copies are deleted, the least recently used first.
     """
     target = private_folder(_root(kind)) / key

@@ -26,8 +26,9 @@ _KNOWN_ENDS = {
 #: The beginning and the end of the regular expressions in `_SPLITS`.
 _BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-#: GGUF names of pre-tokenizers, by the regular expression in tokenizer.json that splits the text. The table is used if
-#: the converter does not know a vocabulary. The tokens of prompts are compared afterwards, so a wrong choice is detected.
+#: Key: the regular expression in tokenizer.json that splits the text. Value: the GGUF name of the pre-tokenizer. The table
+#: is used for vocabularies that the converter does not know. A wrong choice is detected, because the tokens of prompts are
+#: compared with the tokens of transformers after the conversion.
 _SPLITS: Mapping[str, str] = {
     rf"{_BEGIN}\p{{N}}{{1,3}}{_END}": "llama-bpe",
     rf"{_BEGIN}\p{{N}}{_END}": "qwen2",

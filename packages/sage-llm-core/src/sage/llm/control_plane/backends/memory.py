@@ -10,14 +10,14 @@ from sage.libs.models.architecture import Architecture, read_architecture
 from sage.libs.models.originals import FOLDER, known
 from sage.libs.models.resolve import ModelKind, ModelSource
 
-#: Tokens of a typical prompt with its answer.
+#: Number of tokens in a typical prompt and answer together.
 _ANSWER_TOKENS = 512
-#: Bytes of a value in the adapters that a server holds.
+#: Bytes per weight of an adapter in the memory of a server.
 _ADAPTER_VALUE_BYTES = 4
 
 
 class Breakdown(Protocol):
-    """An estimate as a sum of parts."""
+    """An estimate of the peak memory as a sum of parts."""
 
     @property
     def total_bytes(self) -> int:
@@ -46,8 +46,8 @@ class ServingEstimate:
 
     framework_bytes: int  #: the program and its libraries
     weights_bytes: int  #: the base model, in its precision in memory
-    adapters_bytes: int  #: adapters that are not merged into the base
-    cache_bytes: int  #: keys and values
+    adapters_bytes: int  #: adapters that are not merged into the base model
+    cache_bytes: int  #: keys and values of the cached tokens
 
     @property
     def total_bytes(self) -> int:
@@ -67,10 +67,10 @@ def estimate_server(
     cache_bytes: int,
     least_cache_bytes: int,
 ) -> MemoryEstimate | None:
-    """Return the memory of a server, or None if the model is not on this machine.
+    """Return the memory that a server is expected to need, or None if the model is not on this machine.
 
     weight_bytes: bytes of a weight in memory.
-    cache_bytes: memory for keys and values.  least_cache_bytes: the part of the cache that the server cannot work without.
+    cache_bytes: memory for keys and values.  least_cache_bytes: the smallest cache with which the server can work.
     """
     base, adapter = sizes_of(model.base or model), read_architecture(model.folder) if model.base else None
     if base is None:
@@ -85,7 +85,7 @@ def estimate_server(
 
 
 def sizes_of(model: ModelSource) -> Architecture | None:
-    """Return the sizes of a base model, or None if it is not on this machine."""
+    """Return the architecture of a base model, or None if the model is not on this machine."""
     folder: Path | None = model.folder
     if model.kind is ModelKind.GGUF:
         gguf = next(model.folder.glob("*.gguf"))
@@ -94,9 +94,9 @@ def sizes_of(model: ModelSource) -> Architecture | None:
 
 
 def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
-    """Return the number of cached tokens of a server that allocates the cache as the answers grow.
+    """Return the number of cached tokens for the estimate of a server whose cache grows with the answers.
 
-    is_limited: the user has set the context length, so every slot may use all of it.
+    is_limited: whether the user has set the context length. If so, every slot may use the full context length.
     """
     return slots * context_tokens if is_limited else max(context_tokens, slots * _ANSWER_TOKENS)
 

@@ -62,7 +62,7 @@ class FinetuneEngine:
     async def create(self) -> str:
         """Run the checks that do not load the model, create the run directory, and return the task id.
 
-        Raises ConfigError, DatasetError, ModelError or OutputError, and then creates nothing.
+        If a check fails, raises ConfigError, DatasetError, ModelError or OutputError, and creates no run directory.
         """
         config = self.config
         if not isinstance(config, FinetuneConfig):
