@@ -25,10 +25,10 @@ _TEMPORARY_SUFFIXES = (".lock", ".partial")
 class Source:
     """Files of one folder."""
 
-    name: str  #: the folder in the archive
+    name: str  #: name of the folder in the archive
     folder: Path
     files: tuple[Path, ...]
-    is_checkpoint: bool = False  #: the files are useful only together
+    is_checkpoint: bool = False  #: True: the files are useful only together
 
 
 def settings_and_state() -> Iterator[Source]:

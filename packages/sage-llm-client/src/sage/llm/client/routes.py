@@ -51,7 +51,7 @@ class RouteRequest(BaseModel):
 class RouteTargetView(RouteTarget):
     """A target of a route, and the active engine that the target currently selects."""
 
-    engine_id: str | None = Field(None, description="Id of the active engine that the target selects; null if none.")
+    engine_id: str | None = Field(None, description="Id of the selected active engine; null if the target selects none.")
     state: EngineState | None = Field(None, description="State of the selected engine.")
 
 

@@ -18,7 +18,7 @@ from sage.llm.control_plane.token_counts import read_token_counts
 
 
 class Measuring:
-    """Base class of ControlPlaneManager that collects the metrics. ControlPlaneManager sets the attributes."""
+    """Collects the metrics. ControlPlaneManager inherits from this class and sets the attributes."""
 
     _store: Store
     _prober: Prober
@@ -31,7 +31,7 @@ class Measuring:
     list_devices: Callable[[], Awaitable[list[Device]]]
 
     async def metrics(self) -> list[Metric]:
-        """Return the metrics of this node. Histograms of engines that have ended are deleted."""
+        """Return the metrics of this node. The request times of engines that are no longer active are deleted."""
         active = await self.list_active()
         self.request_times.forget_all_but({engine.id for engine in active})
         observed = {engine.id: self._prober.last(engine.id) for engine in active}

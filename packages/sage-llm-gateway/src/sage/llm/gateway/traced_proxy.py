@@ -1,4 +1,4 @@
-"""A proxy that records OpenTelemetry traces. It is imported only if traces are on, because the import is slow."""
+"""A proxy that records OpenTelemetry traces. This module is imported only if traces are on, because the import is slow."""
 
 from opentelemetry import propagate
 from opentelemetry.trace import Span, SpanKind, StatusCode, TracerProvider
@@ -10,7 +10,7 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 from sage.llm.gateway.json_text import JsonBody
 from sage.llm.gateway.proxy import EngineProxy
 
-#: Names in OpenTelemetry's semantic conventions for generative AI, by the last part of the route.
+#: Key: path after /v1/. Value: operation name in OpenTelemetry's semantic conventions for generative AI.
 _OPERATIONS = {"chat/completions": "chat", "completions": "text_completion", "embeddings": "embeddings"}
 
 
@@ -22,7 +22,7 @@ class TracedProxy(EngineProxy):
         self._tracer = provider.get_tracer("sage.llm.gateway")
 
     async def forward(self, body: JsonBody | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request within a span. The attributes contain neither prompts nor answers."""
+        """Answer a request within a span. The attributes of the span contain neither prompts nor answers."""
         operation, model = _OPERATIONS[scope["path"].removeprefix("/v1/")], body.texts.get("model", "") if body else ""
         attributes = {
             "http.request.method": scope["method"], "http.route": scope["path"], "gen_ai.operation.name": operation,

@@ -16,7 +16,10 @@ def save(
     file: File,
     outputs: Outputs = True,
     checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Include all checkpoints; default: the newest one of each unfinished run.")
+        bool,
+        typer.Option(
+            "--checkpoints", help="Include all checkpoints; default: the newest checkpoint of each unfinished run."
+        ),
     ] = False,
     database: Annotated[
         bool, typer.Option("--database/--no-database", help="Include the database of the state folder.")
@@ -43,7 +46,7 @@ def restore(
     file: File,
     outputs: Outputs = True,
     force: Annotated[
-        bool, typer.Option("--force", help="If there is data already, rename its folders to NAME.before-TIME.")
+        bool, typer.Option("--force", help="If data exists already, rename the existing folders to NAME.before-TIME.")
     ] = False,
 ) -> None:
     """Verify a backup, and restore it into empty folders.

@@ -11,7 +11,7 @@ from sage.libs.finetune.data.samples import Sample
 from sage.libs.models.chat import ChatFormat, Message
 from sage.libs.models.resolve import json_object
 
-#: Names of ignored fields that look like a weight or flag.
+#: Matches names of ignored fields that look like a weight or a flag.
 _FLAG = re.compile(r"weight|mask|train|loss|learn|skip|ignore", re.IGNORECASE)
 _THINK_TAG = re.compile(r"</?think>")
 

@@ -14,10 +14,11 @@ Warn = Callable[[str], None]
 
 
 def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn: Warn) -> Checkpoint | None:
-    """Return the checkpoint to continue from: the run's newest checkpoint, else `given`, else None (start from step 0).
+    """Return the checkpoint to continue from: the run's newest intact checkpoint, or else `given`. None: start at step 0.
 
     given: folder of a checkpoint of another run, or None.  base: folder of the base model.
-    Raises RunError if the given checkpoint is damaged, and ModelError if the base model has changed.
+    Raises RunError if `given` is damaged, or if the checkpoint from which the run was forked is damaged. Raises ModelError
+    if the base model has changed.
     """
     checkpoint, problems = latest_good(run.path)
     for problem in problems:

@@ -25,12 +25,12 @@ class LoadedModel:
 
     model: Any
     kernels: Kernels | None
-    step_summary: str  #: which training step is used, and why
+    step_summary: str  #: whether SAGE's kernels are used, and why
     precision: Precision
     collator: Collator
 
     def new_loss(self) -> CompletionLoss:
-        """Return a new loss function for the model; its token counts are zero."""
+        """Return a new loss function for the model. The token counts of the loss function begin at zero."""
         return CompletionLoss(self.kernels.head.weight, self.kernels.compute_dtype) if self.kernels else CompletionLoss()
 
 
@@ -45,7 +45,7 @@ def no_kernels(reason: str) -> Install:
 
 
 def load_model(base: BaseFiles, config: FinetuneConfig, precision: Precision, install: Install) -> LoadedModel:
-    """Load the weights, attach the adapter, install the kernels; raises ModelError or ConfigError.
+    """Load the weights, attach the adapter and install the kernels. Raises ModelError or ConfigError.
 
     If the model does not support `precision`, the result contains the precision that is used instead.
     """

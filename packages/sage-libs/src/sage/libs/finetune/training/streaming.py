@@ -13,12 +13,12 @@ from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import Encoder
 from sage.libs.finetune.training.batching import Pack, pack
 
-#: Number of samples in the buffer in which samples are shuffled and packed.
+#: Number of samples that are shuffled and packed together.
 _MIXED_SAMPLES = 1000
 
 
 class StreamedPacks(IterableDataset[Pack]):
-    """Yields the packs of several datasets, dataset by dataset. After the last dataset, the first one is read again.
+    """Yields the packs of several datasets, dataset by dataset. After the last dataset, the first dataset is read again.
 
     Each iterator yields the same packs in the same order, so that a run can resume.
     """
@@ -29,7 +29,8 @@ class StreamedPacks(IterableDataset[Pack]):
     ) -> None:  # fmt: skip
         """pack_tokens: maximum number of tokens of a pack; None: one sample per pack.
 
-        report: called with all findings so far and the first path; if it raises an exception, the run ends.
+        report: function that is called with all findings so far and the first path. If the function raises an exception, the
+        run ends.
         """
         self._paths, self._new_encoder, self._pack_tokens, self._seed = paths, new_encoder, pack_tokens, seed
         self._report = report
