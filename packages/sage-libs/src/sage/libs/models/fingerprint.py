@@ -1,4 +1,4 @@
-"""Compute a fingerprint of a base model from a part of its weights, to check which base an adapter was trained on."""
+"""Compute a fingerprint of a base model from a part of its weights, to check whether an adapter belongs to this model."""
 
 import hashlib
 import json

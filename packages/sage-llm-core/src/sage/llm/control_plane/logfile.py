@@ -19,7 +19,8 @@ async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool
     log = LogFile(path)
     offset = min(offset, (await asyncio.to_thread(log.range))[1])
     while True:
-        ended = await has_ended()  # check this before reading: if the engine ends in between, all its bytes are read
+        # Check this before reading. Otherwise, bytes would be missed if the engine ends between the read and the check.
+        ended = await has_ended()
         offset = max(offset, (await asyncio.to_thread(log.range))[0])
         chunk = await asyncio.to_thread(log.read, offset, _CHUNK_BYTES)
         offset += len(chunk)

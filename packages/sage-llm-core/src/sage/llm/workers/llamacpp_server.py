@@ -1,4 +1,4 @@
-"""Serve a GGUF file with llama.cpp's HTTP server, in llama.cpp's environment without SAGE's packages."""
+"""Serve a GGUF file with llama.cpp's HTTP server. This module runs in llama.cpp's environment, without SAGE's packages."""
 
 import json
 import os

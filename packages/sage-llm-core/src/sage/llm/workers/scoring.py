@@ -6,7 +6,7 @@ from torch import Tensor
 from sage.llm.workers.sampling import TokenScore
 from sage.llm.workers.text import TokenBytes
 
-#: Log-probability of tokens with probability 0, as in OpenAI's API, because JSON has no infinity.
+#: Log-probability to return for tokens with probability 0, because JSON has no infinity. OpenAI's API uses the same value.
 _IMPOSSIBLE = -9999.0
 
 

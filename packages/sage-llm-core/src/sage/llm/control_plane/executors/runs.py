@@ -10,14 +10,14 @@ UNREADABLE = (NotFound, ValueError, KeyError, TypeError, AttributeError)
 
 
 def failure_of(run: RunStatus) -> Reason | None:
-    """Return why a run failed, or None if it did not fail."""
+    """Return why a run failed, or None if the run did not fail."""
     if run.state is not RunState.FAILED:
         return None
     return Reason(code=run.code or "failed", message=run.message or "The run failed.", hint=run.hint or "")
 
 
 def crash_of(run: RunStatus) -> str | None:
-    """Return where a run exited without reporting an error; None if it has not exited in this way."""
+    """Return at which step a run exited without reporting an error, or None if the run did not exit in this way."""
     if run.code != "worker_died":
         return None
     return f"step {run.step}" if run.is_loaded else f"loading at step {run.step}"

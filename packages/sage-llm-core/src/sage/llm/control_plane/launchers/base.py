@@ -23,7 +23,7 @@ class ProcessObservation:
     """The result of observing a process."""
 
     alive: bool
-    leftovers: bool = False  #: the process has exited, but other processes of its session are alive
+    leftovers: bool = False  #: True: the process has exited, but other processes of its session are alive
     address: str | None = None  #: HOST:PORT on which the process listens
     pid: int | None = None  #: None: the process has exited, or its PID is not known
     memory_bytes: int | None = None  #: resident memory of all processes of the session
@@ -31,7 +31,7 @@ class ProcessObservation:
 
 
 class Launcher(Protocol):
-    """Starts, observes and signals processes, which outlive the control plane."""
+    """Starts, observes and signals processes. The processes continue to run after the control plane exits."""
 
     def handle(self, spec: ProcessSpec) -> str:
         """Return the identifier of a process for `observe` and `signal`. The process need not exist yet."""
@@ -43,12 +43,12 @@ class Launcher(Protocol):
         """Start a process and return its address, or None if `spec.port` is None.
 
         The launcher opens the listening socket and passes it to the process, so that no other program can take the port.
-        Raises Conflict if the process is already running or its port is taken, OSError if the process cannot be started.
-        Raises TimeoutError if the result of the start is not known.
+        Raises Conflict if the process is already running or its port is taken. Raises OSError if the process cannot be
+        started, and TimeoutError if the result of the start is not known.
         """
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Return the observation of each process by its handle. Processes that could not be observed are missing."""
+        """Return the observation of each process, by handle. Processes that could not be observed are omitted."""
 
     async def signal(self, handle: str, signal: Signal) -> None:
         """Send a signal to a process, unless it has exited. Raises OSError if the process cannot be observed."""

@@ -28,7 +28,7 @@ class FeedStore(LeaseStore):
             return [engine_event(row) for row in connection.execute(query)]
 
     def last_event(self) -> int:
-        """Return the id of the newest event, 0 if there is none."""
+        """Return the id of the newest event, or 0 if there are no events."""
         with self._read() as connection:
             return connection.scalar(select(func.max(events.c.id))) or 0
 

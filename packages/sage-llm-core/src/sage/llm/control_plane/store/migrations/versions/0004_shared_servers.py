@@ -11,7 +11,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Add columns; the servers of older versions are not shared."""
+    """Add the columns. Existing servers are marked as not shared."""
     op.add_column("engines", sa.Column("dedicated", sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("engines", sa.Column("base", sa.Text()))
     op.add_column("engines", sa.Column("adapter", sa.Text()))
