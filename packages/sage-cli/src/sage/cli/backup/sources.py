@@ -71,7 +71,7 @@ def _runs() -> list[RunDirectory]:
 def _is_completed(run: RunDirectory) -> bool:
     try:
         return read_status(run).state is RunState.COMPLETED
-    except (ValueError, KeyError, TypeError, AttributeError):  # a line of the events is invalid
+    except (ValueError, KeyError, TypeError, AttributeError):  # the run's event file has an invalid line
         return False
 
 

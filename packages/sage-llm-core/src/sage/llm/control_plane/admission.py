@@ -13,7 +13,7 @@ from sage.llm.client.types import OnBusy
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """The memory of a device that the engines of this node may use."""
+    """The memory that the engines of this node may use on one device."""
 
     id: str  #: `cpu` or, for example, `cuda:0`
     usable_bytes: int  #: the total memory or the lowest limit that applies, whichever is smaller
@@ -98,7 +98,7 @@ class Cause(StrEnum):
 class Wait:
     """The engine waits."""
 
-    position: int  #: place in the queue, from 1
+    position: int  #: place in the queue; the first place is 1
     cause: Cause
     free_bytes: int = 0  #: free memory of the allowed device with the most free memory
 
@@ -108,7 +108,7 @@ class Refuse:
     """The engine cannot start."""
 
     cause: Cause
-    free_bytes: int = 0  #: as in `Wait`; for `TOO_LARGE`: usable memory of the largest allowed device
+    free_bytes: int = 0  #: for `TOO_LARGE`: usable memory of the largest allowed device; else as in `Wait`
 
 
 Decision = Start | MakeRoom | Wait | Refuse

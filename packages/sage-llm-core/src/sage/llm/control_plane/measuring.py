@@ -54,7 +54,7 @@ class Measuring:
 
 
 def _cpu_seconds(engines: list[EngineView]) -> Mapping[str, float]:
-    """Return the CPU time of each engine. If engines share a server, only the first of them is in the result."""
+    """Return the CPU time of each engine. If engines share a server, only the first engine is in the result."""
     first: dict[int, str] = {}
     for engine in engines:
         if engine.pid:

@@ -26,7 +26,7 @@ def inspect_fields(sample: Sample, findings: Findings) -> None:
 
 
 def inspect_answer(sample: Sample, message: Message, trained: str, findings: Findings) -> None:
-    """Add findings for content, reasoning or tool calls of an answer that are missing from the trained text."""
+    """Add findings if content, reasoning or tool calls of an answer are missing from the trained text."""
     if any(part.strip() not in trained for part in _THINK_TAG.split(message["content"])):
         findings.add(Code.ANSWER_LOST, sample.origin)
     if message.get("reasoning_content", "").strip() not in trained:

@@ -52,7 +52,7 @@ class Kernels:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Restore the original model of transformers in the `with` block, for example to generate text."""
+        """Restore the original model, without the kernels, in the `with` block, for example to generate text."""
         self.uninstall()
         for projections in self._projections:
             projections.restore_dense_weights()

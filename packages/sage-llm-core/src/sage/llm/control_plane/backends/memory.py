@@ -94,7 +94,7 @@ def sizes_of(model: ModelSource) -> Architecture | None:
 
 
 def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
-    """Return the number of cached tokens for the estimate of a server whose cache grows with the answers.
+    """Return the number of cached tokens to assume for a server whose cache grows with the answers.
 
     is_limited: whether the user has set the context length. If so, every slot may use the full context length.
     """
