@@ -186,7 +186,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
         """Request that an engine stops, and return before the engine has stopped. A settled engine is not changed.
 
-        force: kill the process of the engine.
+        force: whether to kill the process of the engine. A process that other engines use is not killed.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
