@@ -26,7 +26,7 @@ _TORCH_SECONDS = 120
 
 
 def packages() -> Iterator[Finding]:
-    """Check that the installed packages of SAGE have one version, and that their dependencies have suitable versions."""
+    """Check that SAGE's installed packages have the same version, and that their dependencies have suitable versions."""
     own = {name: found for name in _PACKAGES if (found := _version(name))}
     yield Finding("python", "ok", f"{platform.python_version()} in {sys.prefix}, sage {own['sage-cli']}")
     unsuitable = [text for name in own for text in _unsuitable(name)]
@@ -63,7 +63,7 @@ def devices() -> Finding:
     text = f"{available_cores()} CPU cores, {memory.total / 1e9:.1f} GB of main memory{limit}"
     text += f", {memory.available / 1e9:.1f} GB free"
     if memory.available < _LOW_MEMORY_BYTES:
-        return Finding("devices", "warning", text, "Stop other programs; `sage gpu` shows what engines use.")
+        return Finding("devices", "warning", text, "Stop other programs; `sage gpu` shows how much memory each engine uses.")
     return Finding("devices", "ok", text)
 
 

@@ -17,5 +17,5 @@ class Finding:
 
 
 def last_line(output: str) -> str:
-    """Return the last line of the error output of Python, without the final period."""
+    """Return the last line of Python's error output, without the final period."""
     return (output.strip().splitlines() or ["Python exited without a message"])[-1].rstrip(".")

@@ -96,7 +96,10 @@ def engine_lines(engine: EngineView) -> list[str]:
 
 
 def ending(engine: EngineView) -> str:
-    """Return a message with the state of an engine that has ended, and with the files of a training run."""
+    """Return a message with the state of an engine that has ended.
+
+    For a training run, the message also names the files of the run.
+    """
     training = engine.training
     if engine.kind is not EngineKind.FINETUNE or training is None:
         return f"{engine.id} is {engine.state}."

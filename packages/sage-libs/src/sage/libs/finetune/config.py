@@ -50,7 +50,9 @@ class FinetuneConfig(BaseModel):
     exclude_modules: str | list[str] | None = Field(None, description="Layers excluded from target_modules.")
     modules_to_save: list[str] | None = Field(None, description="Modules that are fully trained and saved with the adapter.")
     use_rslora: bool = Field(False, description="Scale the adapter's output by lora_alpha / sqrt(lora_rank) (rsLoRA).")
-    use_dora: bool = Field(False, description="Train magnitude and direction of the weights separately (DoRA); slower.")
+    use_dora: bool = Field(
+        False, description="Train magnitude and direction of the weights separately (DoRA); training is slower."
+    )
     loraplus_lr_ratio: float | None = Field(
         None,
         ge=1,
@@ -61,7 +63,7 @@ class FinetuneConfig(BaseModel):
         "sft", description="What to learn from: answers (sft), preferences (dpo, orpo, kto), rewards (grpo)."
     )
     beta: float | None = Field(
-        None, ge=0, le=10, description="Weight of the KL or preference term in the loss; default: TRL's."
+        None, ge=0, le=10, description="Weight of the KL or preference term in the loss; default: the default of TRL."
     )
     reward_file: str | None = Field(
         None, description="For grpo: Python file that defines `reward(prompts, completions, **columns)`."
@@ -95,10 +97,11 @@ class FinetuneConfig(BaseModel):
         512, ge=8, le=1_048_576, description="Maximum tokens per sample; longer samples are truncated."
     )
     allow_warnings: bool = Field(False, description="Train even if the check of the dataset reports warnings.")
-    streaming: bool = Field(False, description="Tokenize the samples during the training instead of before.")
+    streaming: bool = Field(False, description="Tokenize the samples during the training instead of before the training.")
     eval_path: str | None = Field(
         None,
-        description="File or folder with held-out samples. The loss of these samples is measured at least at start and end.",
+        description="File or folder with held-out samples. The loss of these samples is measured at least before and after "
+        "the training.",
     )
     eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset to hold out, if eval_path is not set.")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out samples.")
@@ -132,7 +135,7 @@ class FinetuneConfig(BaseModel):
         None, description="Experiment trackers that receive the metrics: tensorboard, mlflow, trackio or wandb."
     )
     resume_from_checkpoint: str | None = Field(
-        None, description="Checkpoint of another run, from which the training continues."
+        None, description="Checkpoint of another run. The training continues from this checkpoint."
     )
 
     @property
@@ -192,7 +195,7 @@ class FinetuneConfig(BaseModel):
 
 
 def load_config(path: Path) -> FinetuneConfig:
-    """Load the configuration from a YAML file; relative paths in the file are resolved from the working directory.
+    """Load the configuration from a YAML file. Relative paths in the file are relative to the working directory.
 
     Raises ConfigError if the file cannot be read, is not valid YAML, or contains an invalid option.
     """

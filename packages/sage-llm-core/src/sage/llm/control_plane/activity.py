@@ -13,8 +13,8 @@ from sage.llm.control_plane.routing import Route, RoutingTable
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: Minimum time between two recorded requests to the same engine: `_TOUCH_SECONDS`, or the engine's `idle_stop_minutes` times
-#: `_TOUCH_SHARE` if this time is shorter.
+#: Minimum time between two recorded requests to the same engine: either `_TOUCH_SECONDS`, or the share `_TOUCH_SHARE` of the
+#: engine's `idle_stop_minutes`. The shorter of these two times is used.
 _TOUCH_SECONDS, _TOUCH_SHARE = 10.0, 0.25
 _CHECK_SECONDS = 1.0
 _LOADED_OR_PAUSED = (EngineState.RUNNING, EngineState.STOPPING, EngineState.PAUSED)
@@ -24,16 +24,16 @@ class Activity:
     """Records the requests of this gateway to engines for which `idle_stop_minutes` is set."""
 
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
-        """on_paused: called if the engine of a recorded request does not run."""
+        """on_paused: called if the engine of a recorded request is not running."""
         self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
-        self.in_progress: Counter[str] = Counter()  #: number of requests in progress by engine id; the gateway updates it
+        self.in_progress: Counter[str] = Counter()  #: number of requests in progress by engine id; updated by the gateway
         self._touched_seconds: dict[str, float] = {}
         self._waking: dict[str, asyncio.Task[bool]] = {}
 
     async def may_use(self, route: Route) -> bool:
         """Return whether a request can be sent to an engine now.
 
-        If `idle_stop_minutes` is set, record the request in the database.
+        If `idle_stop_minutes` is set, also record the request in the database, unless another request was recorded recently.
         """
         if route.idle_stop_minutes is None or route.state not in _LOADED_OR_PAUSED or not self._is_due(route):
             return route.state is EngineState.RUNNING

@@ -75,15 +75,15 @@ _LOGS_SECONDS = 10.0
 class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns):
     """Starts, stops, resumes and describes the engines of this node.
 
-    An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the holder
-    of the lease is active. The others are on standby: they answer reads and inference requests, and one of them takes
-    over when the lease becomes free.
+    An engine is settled if it is stopped, completed or failed. If one node has several control planes, only the control
+    plane that holds the node's lease (the right to change engines) is active. The other control planes are on standby: they
+    answer reads and inference requests, and one of them takes over when the lease becomes free.
     """
 
     def __init__(self, settings: Settings, *, standby: bool = False) -> None:
         """Open the state folder and the database. Raises ConfigError if one of them cannot be used.
 
-        standby: do not log a warning if another control plane of this node is active.
+        standby: if True, no warning is logged when another control plane of this node is active.
         """
         self._settings, self._is_standby_expected = settings, standby
         self._node = open_state_folder()
@@ -141,7 +141,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         await self._keeper.open()
         cursor = await self._routing.load(self._store)
         if self.role == "standby" and not self._is_standby_expected:
-            logger.warning("another control plane of this node is active; this one takes over when the active one exits")
+            logger.warning(
+                "another control plane of this node is active; this gateway is on standby until that control plane exits"
+            )
         work = (self._reconcile(), self._prober.run(), self._routing.follow(self._store, cursor), self._bound_logs(),
                 self._activity.run(), self.webhooks.run())  # fmt: skip
         self._tasks = [asyncio.create_task(task) for task in work]
@@ -182,9 +184,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         return await self._view(engine, None)
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request an engine to stop, and return without waiting for its end. A settled engine is not changed.
+        """Request that an engine stops, and return before the engine has stopped. A settled engine is not changed.
 
-        force: kill the process of the engine.
+        force: whether to kill the process of the engine. A process that other engines use is not killed.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -201,7 +203,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
     async def resume_engine(self, engine_id: str) -> EngineView:
         """Resume an engine: a stopped or failed engine is validated and queued again; a paused engine is loaded again.
 
-        Raises SageError if the engine is active or completed, or cannot be resumed.
+        Raises SageError if the engine is in another state, or if the engine cannot be started again.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -229,7 +231,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         raise busy(engine_id)
 
     async def checkpoint_engine(self, engine_id: str) -> EngineView:
-        """Request a checkpoint of a training run after its current step.
+        """Request that a training run saves a checkpoint after its current step.
 
         If the run was started with `serve`, an llm engine then serves this checkpoint.
         Raises Conflict if the engine is not a training run in state `running`.
@@ -248,9 +250,10 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         raise busy(engine_id)
 
     async def remove_engine(self, engine_id: str) -> None:
-        """Remove a settled engine with its run directory or log. The output folder is kept.
+        """Remove a settled engine, and its run directory or log. The output folder is kept.
 
-        Raises Conflict if the engine is not settled, or if its process or a checkpoint of its run is still in use.
+        Raises Conflict if the engine is not settled, still has a process, or is still being validated. Also raises Conflict
+        if another engine serves a checkpoint of the engine's run.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -279,7 +282,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         raise busy(engine_id)
 
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
-        """Return the route of an engine that can answer a request for `model`, now or after its start.
+        """Return the route of the engine to which a request for `model` is sent. The engine possibly still has to start.
 
         client: identifies the sender of the request. See `RoutingTable.find`. Raises NotFound if no engine matches,
         Overloaded if all matching engines are running and none responds.
@@ -287,7 +290,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         return self._routing.find(model, kind, self.is_responsive, client)
 
     def upstream(self, route: Route) -> Upstream:
-        """Return the server to which requests for a running engine are sent. Raises Overloaded if it has no address yet."""
+        """Return the server for requests to a running engine. Raises Overloaded if the engine has no address yet."""
         if route.address is None or route.token is None:
             raise Overloaded(code="engine_starting", message=f"{route.engine_id} has no address yet.", hint="Retry.")
         return self._new_upstream(route.address, route.model_name, route.engine_id, route.name, route.token, route.backend)
@@ -362,7 +365,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        # Half of the limit for each file, because the part that is cut off from a log is kept in a second file.
+        # `LogFile.cut` moves text from a log file to a second file. Each of the two files may have half of the limit.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)

@@ -54,7 +54,7 @@ def not_training(engine: EngineRecord) -> Conflict:
 
 
 def no_run(engine: EngineRecord) -> Conflict:
-    """Return the error for a request about a training run, if the engine is not one."""
+    """Return the error for a request that only training runs accept, if the engine is of another kind."""
     return Conflict(
         code="not_training",
         message=f"{engine.id} is an engine of kind {engine.kind}, not a training run.",

@@ -61,7 +61,7 @@ class Routes:
         return [route for kind in _INFERENCE for route in self._routing.routes(kind) if route.state is EngineState.RUNNING]
 
     def served_routes(self) -> dict[str, Route]:
-        """Return one running engine of each route, by name of the route."""
+        """Return one running engine of each route, by route name. Routes without a running engine are omitted."""
         found: dict[str, Route] = {}
         for route in self._routing.named_routes():
             names = [*(target.engine for target in route.engines), route.fallback or ""]

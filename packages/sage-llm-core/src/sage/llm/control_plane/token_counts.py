@@ -19,7 +19,7 @@ _TIMEOUT_SECONDS = 2.0
 async def read_token_counts(engines: Iterable[EngineView]) -> Mapping[str, Tokens]:
     """Return the numbers of tokens by engine id, for the running engines whose backends have `token_metrics`.
 
-    Engines that do not answer within two seconds are missing.
+    Engines that do not return valid metrics within two seconds are omitted.
     """
     asked = {
         engine.id: (metrics, engine)

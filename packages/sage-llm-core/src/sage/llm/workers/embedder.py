@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 _MAX_CHARACTERS_PER_TOKEN = 100
 #: Text that is embedded to check a model.
 _PROBE = "Which engine answers?"
-#: Largest difference that rounding can cause between the vectors of the same text in two batches.
+#: Maximum difference that rounding can cause between two vectors of the same text.
 _TOLERANCE = 1e-3
 
 
@@ -64,7 +64,7 @@ class Embedder:
         return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
 
     def embed(self, inputs: list[Input]) -> Tensor:
-        """Return the vectors, (inputs, dimensions), in fp32 on the CPU."""
+        """Return the vectors as an fp32 tensor of shape (inputs, dimensions) on the CPU."""
         return self._embed([each.given for each in inputs])
 
     def _read(self, place: str, given: str | list[int]) -> Input:
@@ -103,7 +103,9 @@ class Embedder:
             features = self._model.preprocess(inputs, prompt=self._prompt or None)
         else:
             rows = [torch.tensor(ids) for ids in inputs]
-            features = {  # not padded by the tokenizer, because another thread uses it and padding changes its state
+            # `pad_sequence` is used, because padding by the tokenizer would change the state of the tokenizer, which another
+            # thread uses.
+            features = {
                 "input_ids": pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id or 0),
                 "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
             }
@@ -114,10 +116,10 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether the test text gives the vector `expected` also if the model receives the text as token ids."""
+        """Return whether the model embeds token ids: the token ids of `_PROBE` must give the vector `expected`."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
-        except Exception as error:  # the model accepts only texts
+        except Exception as error:  # for example, the model accepts only texts
             if is_out_of_memory(error):
                 raise
             return False

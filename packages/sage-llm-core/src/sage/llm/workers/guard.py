@@ -21,8 +21,8 @@ def error_response(error: SageError, status: int | None = None) -> JSONResponse:
 class Guard:
     """Rejects requests from web pages of other sites, and turns unexpected exceptions into responses.
 
-    A web page in the user's browser can send requests to loopback. The requests then have an `Origin` header.
-    With DNS rebinding, the `Host` header has a host name of another site, which resolves to 127.0.0.1.
+    A web page in the user's browser can send requests to loopback. Such requests have an `Origin` header.
+    With DNS rebinding, the `Host` header contains another site's host name, which resolves to 127.0.0.1.
     """
 
     def __init__(self, app: ASGIApp) -> None:

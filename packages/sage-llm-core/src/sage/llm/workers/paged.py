@@ -59,14 +59,15 @@ class PagedRunner:
         self._free = list(range(count))  #: numbers of the free blocks, as a heap
 
     def new_cache(self, _limit_tokens: int) -> Blocks:
-        """Return an empty cache for an answer. The blocks of the cache are free again when the object is deleted."""
+        """Return an empty cache for an answer. The blocks of the cache are free again when the cache is deleted."""
         cache = Blocks()
         weakref.finalize(cache, self._release, cache.numbers)
         return cache
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Run the parts in one pass, and return the logits of each part, (tokens or 1, vocab_size).
+        """Run the parts in one pass, and return the logits of each part.
 
+        The shape is (tokens, vocab_size) if the part's `wants_all_logits` is True, otherwise (1, vocab_size).
         The logits are valid until the next pass.  check: called before the pass. An exception from `check` prevents
         the pass.
         """

@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API, in which unknown fields are rejected."""
+"""The request bodies of OpenAI's API. Unknown fields are rejected."""
 
 from typing import Annotated, Any, Literal
 
@@ -46,7 +46,7 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """Return the JSON schema of the answer. None: any text. Raises ConfigError if fields contradict each other."""
+        """Return the JSON schema of the answer, or None for any text. Raises ConfigError if fields contradict each other."""
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _refusal("response_format", "'json_schema' is required if 'type' is 'json_schema', else not allowed.")
         if self.json_schema:
@@ -55,7 +55,7 @@ class ResponseFormat(Body):
 
 
 class GenerationRequest(Body):
-    """Common fields of chats and completions."""
+    """Fields that requests for chat completions and for completions have in common."""
 
     model: ModelName
     max_tokens: Annotated[int, Field(ge=1), INTEGRAL] | None = None
@@ -110,7 +110,7 @@ class FunctionCall(Body):
 
 
 class ToolCall(Body):
-    """One call in an assistant's message."""
+    """A tool call in a message of the assistant."""
 
     id: str | None = None
     type: Literal["function"] | None = "function"

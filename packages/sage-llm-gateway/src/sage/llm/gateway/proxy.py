@@ -1,4 +1,4 @@
-"""Forward inference requests to the engine that the request's `model` names, and relay the answer."""
+"""Forward each inference request to the engine that the field `model` selects, and relay the engine's answer."""
 
 import functools
 import time

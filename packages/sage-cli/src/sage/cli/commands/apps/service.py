@@ -21,12 +21,12 @@ def install(
         typer.echo(f"The service does not use {', '.join(ignored)}: set these values in config.toml.", err=True)
     if now:
         if service.has_systemctl():
-            daemon.stop()  # a gateway that a command started in the background holds the lock that the service needs
+            daemon.stop()  # otherwise, a gateway that runs in the background holds the lock that the service needs
         service.enable()
         typer.echo(f"{service.UNIT} is running.", err=True)
     else:
         typer.echo(f"Start the service: `{' && '.join(service.commands())}`.", err=True)
-    typer.echo("To keep it running after you log out: `loginctl enable-linger`.", err=True)
+    typer.echo("To keep the service running after you log out: `loginctl enable-linger`.", err=True)
 
 
 @app.command("uninstall")

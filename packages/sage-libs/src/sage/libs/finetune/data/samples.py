@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Origin:
-    """Position of a record: its first line, or its number in a JSON list or a table. Both numbers begin at 1."""
+    """Position of a record: the number of its first line, or its number in a JSON list or table. Numbers begin at 1."""
 
     path: Path
     line: int

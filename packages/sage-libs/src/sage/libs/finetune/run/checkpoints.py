@@ -20,8 +20,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _DAMAGED = "damaged-"
 #: Error codes for a file that is missing or permanently unreadable. After other errors, the checkpoint can be intact.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-#: Options that `check_can_continue` does not compare by their values: options that do not change the result, and options
-#: that are compared in another way, such as the dataset by its hash. All other options must be equal.
+#: Options whose values `check_can_continue` does not compare directly. Some of these options do not change the result. The
+#: others are compared in another way: for example, datasets are compared by their hashes.
 _CHANGEABLE = frozenset({
     "base_model", "dataset_path", "output_dir", "num_epochs", "max_steps", "save_steps", "keep_checkpoints",
     "resume_from_checkpoint", "reward_file", "eval_path", "eval_steps", "early_stopping_patience", "sample_prompts",
@@ -50,7 +50,7 @@ class Checkpoint:
             ) from error
 
     def verify(self) -> None:
-        """Raise RunError if a file is missing, or has another checksum than in the manifest."""
+        """Raise RunError if a file is missing, or if its checksum differs from the checksum in the manifest."""
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
             for name, expected in manifest["files_sha256"].items():
@@ -112,7 +112,7 @@ class Checkpoint:
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:
-    """Add checksums to the folder `written`, sync it, and rename the folder to `checkpoint-<step>` in the run's directory.
+    """Add checksums to the folder `written`, sync the folder, and move it to `checkpoint-<step>` in the folder `run`.
 
     If an intact checkpoint of this step exists already, the existing checkpoint is kept, because both have the same content.
     """
@@ -140,7 +140,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint or None, and the problems of newer checkpoints; damaged ones are renamed."""
+    """Return the newest intact checkpoint or None, and the problems of newer checkpoints. Rename damaged checkpoints."""
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):
@@ -151,8 +151,9 @@ def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collection[int] = ()) -> list[str]:
-    """Remove old checkpoints, but keep the `keep` newest intact ones and the best one; return the problems of damaged ones.
+    """Remove all checkpoints except the `keep` newest intact checkpoints and the checkpoint of step `best_step`.
 
+    Damaged checkpoints among the newest checkpoints are renamed, and their problems are returned.
     trusted: steps of checkpoints that this process has written or verified.
     """
     kept, problems = 0, list[str]()

@@ -1,4 +1,4 @@
-"""Estimate the memory of a run from the sizes of the model; does not import torch."""
+"""Estimate the memory of a run from the sizes of the model. This module does not import torch."""
 
 import math
 from collections import Counter
@@ -11,7 +11,7 @@ from sage.libs.finetune.run.activations import BLOCK_TOKENS, kernel_activations,
 from sage.libs.models.architecture import Architecture
 
 #: Main memory of a worker without model and data: Python, torch, transformers, PEFT and the Trainer. Measured with torch 2.9
-#: on Linux, before the model is loaded (430 MB) and in addition during the first step (60 MB).
+#: on Linux: 430 MB before the model is loaded, and 60 MB more in the first step.
 FRAMEWORK_BYTES = 490_000_000
 #: Approximate memory of a process's CUDA context on the GPU.
 CUDA_BYTES = 500_000_000
@@ -19,14 +19,15 @@ CUDA_BYTES = 500_000_000
 _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 #: Bytes per quantized weight, by number of bits; the scales are included.
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
-#: Number of tokens whose logits SAGE's training step has in memory, and number of copies: logits and probabilities.
+#: SAGE's training step has two tensors of shape (_LOSS_TOKENS, vocab_size) in memory: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc, as a share of the activations and logits. The four values are for: short samples; long samples;
-#: saved values in bf16 with matrix products in fp32 (or the reverse); the training step of transformers, which frees many
-#: temporary values between the saved ones. Measured, as in benchmarks/results/estimates.md.
+#: Gaps in the heap of glibc, as a share of the activations and temporary values. The values fit the measurements
+#: in benchmarks/results/estimates.md. _GAPS: samples of at most BLOCK_TOKENS tokens. _LONG_GAPS: longer samples.
+#: _MIXED_GAPS: saved values in bf16 and matrix products in fp32, or the reverse. _PLAIN_GAPS: the training step of
+#: transformers, which frees many temporary values between saved values.
 _GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.42, 0.47, 0.5
 _MOST_SAMPLES = 2**20
-#: Number of sequences per sample in TRL's methods.
+#: Number of sequences per sample. All other methods have one sequence per sample.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
 
 
@@ -60,7 +61,7 @@ class TrainingEstimate:
     optimizer_bytes: int  #: AdamW's moments
     gradient_bytes: int  #: gradients that are in memory at the peak
     activation_bytes: int  #: values saved for the backward pass
-    loss_bytes: int  #: logits and probabilities, or temporary values of the backward pass if they are larger
+    loss_bytes: int  #: logits and probabilities, or the temporary values of the backward pass if these values are larger
     heap_bytes: int = 0  #: gaps between blocks of memory
     loading_bytes: int = 0  #: additional memory while the model is loaded, if loading needs more memory than training
 
@@ -106,15 +107,15 @@ class TrainingMemory:
             loss_bytes=temporary_bytes,
             heap_bytes=int((activation_bytes + temporary_bytes) * self._gaps(max(lengths))),
         )
-        # While the model is loaded, the file's pages are in memory together with the weights, which are not quantized yet.
-        # bitsandbytes quantizes each weight when it is loaded.
+        # While the model is loaded, the pages of the weight file are also in memory, and the weights are not quantized yet.
+        # With bitsandbytes, only the pages are counted, because bitsandbytes quantizes each weight immediately.
         dense_bytes = 0 if formats.base_bits else sizes.parameters * (4 if self._is_full else formats.value_bytes)
         peak_bytes = self.framework_bytes + dense_bytes + sizes.file_bytes
         estimate = replace(estimate, loading_bytes=max(0, peak_bytes - estimate.total_bytes))
         return TrainingEstimate(**{name: self.processes * count for name, count in vars(estimate).items()})
 
     def largest(self) -> TrainingEstimate:
-        """Return the memory of the micro-batch that needs the most memory among those that the options allow."""
+        """Return the maximum memory that a micro-batch can need with the options of the run."""
         longest, tokens = self.config.max_seq_length, self.config.pack_tokens
         batches = [batch_limit(self.config)]
         if tokens:
@@ -124,9 +125,9 @@ class TrainingMemory:
         return max(map(self.at, batches), key=lambda estimate: estimate.total_bytes)
 
     def least(self, length: int) -> TrainingEstimate:
-        """Return the memory with the smallest micro-batch: one sample, and gradient checkpointing if it is allowed.
+        """Return the memory for one sample of `length` tokens, with gradient checkpointing if the options allow it.
 
-        The pages of the mapped model files are not included, because the kernel can drop them.
+        The pages of the mapped model files are not included, because the operating system can drop these pages.
         """
         may_checkpoint = self.config.gradient_checkpointing != "off" or self.checkpointing
         return replace(self, checkpointing=may_checkpoint, sizes=replace(self.sizes, file_bytes=0)).at([length])
@@ -202,9 +203,12 @@ class TrainingMemory:
         return adapted + sum(saved_modules)
 
     def _adapted(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the matrices that get an adapter. A pattern of names counts as all linear layers."""
+        """Return the shapes of the matrices that get an adapter.
+
+        If `target_modules` is a string, assume that all linear layers get an adapter.
+        """
         targets, excluded = self.config.target_modules, self.config.exclude_modules
-        if isinstance(targets, str):  # a pattern is not evaluated, because some patterns take very long
+        if isinstance(targets, str):  # a regular expression is not evaluated, because the evaluation can take very long
             chosen = dict(self.sizes.layer_matrices)
         else:
             chosen = {name: shape for name, shape in self.sizes.matrices.items() if _matches(name, targets)}
@@ -212,9 +216,9 @@ class TrainingMemory:
         return {name: shape for name, shape in chosen.items() if not _matches(name, names)}
 
     def _stacked_values(self) -> int:
-        """Return the number of values in the copies of the adapters that SAGE's training step saves.
+        """Return the number of values in the copies of all adapters. SAGE's training step saves these copies.
 
-        The adapters of queries, keys and values become one adapter with three times the rank.
+        In the copies, the adapters of queries, keys and values are one adapter with three times the rank.
         """
         if not self.has_kernels:
             return 0
@@ -246,7 +250,7 @@ def batch_limit(config: FinetuneConfig) -> dict[int, int]:
 def check_memory(needs: TrainingMemory, length: int, available_bytes: int) -> None:
     """Raise RunError if even the smallest micro-batch does not fit.
 
-    length: tokens of the sample in the smallest micro-batch.  available_bytes: free memory and memory that the run uses.
+    length: tokens of the sample in the smallest micro-batch.  available_bytes: free memory plus memory that the run uses.
     """
     least_bytes = needs.least(length).total_bytes
     if least_bytes <= available_bytes:
@@ -270,5 +274,5 @@ def gigabytes(count: int) -> str:
 
 
 def _matches(name: str, modules: Sequence[str]) -> bool:
-    """Return whether a module has one of these names, or a name that ends with one of them, as in PEFT."""
+    """Return whether `name` is one of `modules`, or ends with a period followed by one of `modules`, as in PEFT."""
     return any(name == module or name.endswith(f".{module}") for module in modules)

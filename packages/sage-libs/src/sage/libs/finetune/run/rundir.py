@@ -16,8 +16,8 @@ from sage.libs.finetune.config import FinetuneConfig
 
 #: Environment variable with the rank of an additional process of a run; the main process does not have this variable.
 RANK_VARIABLE = "SAGE_WORKER_RANK"
-#: Events that are synced to disk before the run continues. A power failure can lose `step` events; a resumed run repeats
-#: these steps.
+#: Events that are synced to disk before the run continues. A power failure can lose other events, such as `step`. The
+#: resumed run repeats the steps whose events are lost.
 _DURABLE = ("launched", "started", "checkpoint", "changed", "forked", "stopped", "finished", "failed")
 #: Size of a file that is removed when a run fails, so that the run can write its last events even if the disk is full.
 _RESERVE_BYTES = 64 * 1024
@@ -31,7 +31,7 @@ class RunSpec:
     config: FinetuneConfig
     dataset_sha256: str
     created_at: str  #: ISO 8601, UTC
-    forked_from: Mapping[str, Any] | None = None  #: `task_id` of the original run, `step` of its checkpoint
+    forked_from: Mapping[str, Any] | None = None  #: `task_id` of the original run, and `step` of the checkpoint
 
 
 class RunDirectory:
@@ -78,7 +78,7 @@ class RunDirectory:
         return RunSpec(**{**content, "config": FinetuneConfig.model_validate(content["config"])})
 
     def append_event(self, event: AnyRunEvent) -> None:
-        """Append an event with the current time in a single write.
+        """Set the time of an event to the current time, and append the event in a single write.
 
         A crash can damage only the last line; readers skip damaged lines.
         """
@@ -144,7 +144,7 @@ def _line(event: AnyRunEvent) -> bytes:
 
 
 class SilentRunDirectory(RunDirectory):
-    """The run directory in all processes except the main process; no events are appended."""
+    """The run directory as used by the additional processes of a run. Only the main process appends events."""
 
     def append_event(self, event: AnyRunEvent) -> None:
         """Do nothing."""

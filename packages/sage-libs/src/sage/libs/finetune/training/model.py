@@ -37,7 +37,7 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
         # Copy the weights out of the memory-mapped file, because the mapped pages count as memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
-        # Prevent bitsandbytes from repacking 4-bit weights for evaluation, because it does not undo this for training.
+        # Prevent bitsandbytes from repacking 4-bit weights for evaluation, because the repacking is not undone for training.
         for module in base.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
@@ -63,12 +63,12 @@ def loraplus_optimizer(
 
 
 def width_of(folder: Path) -> int:
-    """Return the hidden size of the model in a folder, or 768 if the config has none. Raises ModelError."""
+    """Return the hidden size of the model in a folder, or 768 if the config has no hidden size. Raises ModelError."""
     return int(getattr(model_config(folder), "hidden_size", 768))
 
 
 def decoder(model: Trainable) -> PreTrainedModel:
-    """Return the transformers model inside PEFT's wrapper."""
+    """Return the transformers model: for a PeftModel, the model inside the wrapper."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
@@ -80,7 +80,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # not strict, because a file can contain some weights only
+        model.load_state_dict(load_file(file), strict=False)  # not strict, because a file can contain only some weights
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:

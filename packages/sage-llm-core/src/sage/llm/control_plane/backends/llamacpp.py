@@ -17,9 +17,9 @@ from sage.llm.control_plane.backends.memory import MemoryEstimate, ServingEstima
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT, PORT_ARGUMENT
 from sage.llm.control_plane.store.records import ServerRecord
 
-#: Defaults in tokens: the maximum context length, and the cache size of each slot. The server process uses them too.
+#: Defaults in tokens: maximum context length, and cache size of each slot. The server process uses the same defaults.
 CONTEXT_TOKENS, SLOT_TOKENS = 8192, 512
-#: Tokens whose logits are in memory at the same time; this is the default of llama.cpp.
+#: Number of tokens whose logits are in memory at the same time. This number is the default of llama.cpp.
 _BATCH_TOKENS = 512
 #: Memory of a server without model, cache and logits. Measured on Linux.
 _FRAMEWORK_BYTES = 60_000_000

@@ -1,7 +1,9 @@
 """Leases. A lease is the right to write the rows of a node.
 
-Each takeover of a lease increments a number, the fence. A write with an outdated fence is refused, for example after the
-control plane was suspended. If a control plane is suspended in a transaction, a takeover waits. PostgreSQL ends the
+Each takeover of a lease increments a number, the fence. A write with an outdated fence is refused. For example, a control
+plane that was suspended cannot write if another control plane has taken over the lease in the meantime.
+
+If a control plane is suspended in a transaction, a takeover waits for the end of the transaction. PostgreSQL ends the
 transaction after 3 s. SQLite cannot end the transaction, so nobody can write until the suspended process continues or exits.
 """
 
@@ -52,7 +54,7 @@ class LeaseStore:
         holder, me, url: token, process and gateway URL of this control plane. The lease can be taken if it is free
         or expired, or if the holder was a process of this host and has exited.
         """
-        with self._read() as connection:  # this only reads, because a standby calls it every second
+        with self._read() as connection:  # does not write, because a control plane on standby calls this method every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
             row = connection.execute(query.where(leases.c.node == node)).one()
         has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()
@@ -95,7 +97,7 @@ class LeaseStore:
 
     @contextlib.contextmanager
     def _fenced(self, lease: Lease, node: str) -> Iterator[Connection]:
-        """Open a transaction in which nobody can take over the lease. Raises LeaseLost if the lease is not valid."""
+        """Open a transaction during which nobody can take over the lease. Raises LeaseLost if the lease is not valid."""
         if lease.node != node:
             raise LeaseLost(f"the lease of {lease.node} does not allow a write to {node}")
         with self._write() as connection:

@@ -14,7 +14,7 @@ INTERNAL = "sage-"
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to write the rows of a node. Each takeover increments the fence."""
+    """The right to write the rows of a node. Each takeover of the lease increments `fence`."""
 
     node: str
     fence: int
@@ -35,7 +35,7 @@ class ServerState(StrEnum):
 
     PLANNED = "planned"  #: stored before the launch; the process possibly exists already
     LAUNCHED = "launched"  #: stored after the launch
-    SLEEPING = "sleeping"  #: the process is alive and has released its memory; paused engines can wake it
+    SLEEPING = "sleeping"  #: the server has released its memory; paused engines can wake the server
     WAKING = "waking"  #: stored before the request that wakes the server
     CLOSING = "closing"  #: stored before the signal that ends the process; no engine can join the server any more
 
@@ -79,7 +79,7 @@ class EngineRecord:
     options: Mapping[str, Any]
     metadata: Mapping[str, str]
     desired: DesiredState
-    force: bool  #: kill the process to reach `desired`
+    force: bool  #: whether the process is killed to reach the state `desired`
     restart_policy: RestartPolicy
     restarts: int  #: number of restarts since a user last started or resumed the engine, or since it last ran for 10 minutes
     state: EngineState
@@ -112,13 +112,13 @@ class EngineRecord:
     on_busy: OnBusy = OnBusy.WAIT
     priority: int = 0  #: engines with a higher number are ahead in the queue
     not_before: datetime | None = None  #: earliest time to start the engine
-    queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event`
+    queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event` is used instead
     #: Who paused the engine: `idle`, `user`, or the id of the engine that needs the memory; None: nobody.
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
     threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the program's default
     max_restarts: int = 5  #: maximum of `restarts`
-    last_crash: str | None = None  #: where a training run exited without reporting an error; equal for the same point
+    last_crash: str | None = None  #: point at which a training run exited without reporting an error; None: no such exit
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
 
     @property

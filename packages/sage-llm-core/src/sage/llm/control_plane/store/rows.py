@@ -75,5 +75,8 @@ def _devices(value: list[str] | None) -> tuple[str, ...] | None:
 
 
 def in_utc(moment: datetime) -> datetime:
-    """Return a time in UTC. SQLite returns times without a time zone, PostgreSQL in the time zone of the session."""
+    """Return a time in UTC.
+
+    SQLite returns times in UTC, but without a time zone. PostgreSQL returns times in the time zone of the session.
+    """
     return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -1,4 +1,4 @@
-"""Add the columns with which engines wait for memory, make room for each other and share the CPU cores.
+"""Add columns for three features: engines wait for memory, make room for other engines, and share the CPU cores.
 
 Revision ID: 0008
 """
