@@ -126,7 +126,7 @@ class AnswerReader:
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
-        """Add a piece of the answer. Return the text that is now known to be content or reasoning, and the complete calls."""
+        """Add a piece of the answer. Return complete calls, and the text that is now known to be content or reasoning."""
         self._held += text
         while self._step():
             pass
