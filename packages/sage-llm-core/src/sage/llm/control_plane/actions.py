@@ -39,7 +39,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Sleep:
-    """Let the server of an engine release its memory, and pause the engine."""
+    """Let the server of an engine release memory, and pause the engine."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -47,7 +47,7 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Wake:
-    """Let the server of an engine allocate its memory again."""
+    """Let the server of an engine allocate the released memory again."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -125,7 +125,7 @@ class StartMerge:
 
 @dataclass(frozen=True)
 class SwapServers:
-    """Give an engine the server with its merged model. The merger gets the engine's previous server and is stopped."""
+    """Give an engine the server with the merged model. The merger gets the engine's previous server and is stopped."""
 
     engine: EngineRecord
     server: ServerRecord

@@ -68,7 +68,7 @@ class _Group:
 
 
 class RoutingTable:
-    """The engines of a node that are not stopped, completed or failed, with an index of their ids, names and models.
+    """The active engines of a node, indexed by id, name and model. Stopped, completed and failed engines are not active.
 
     Use a table in one event loop only.
     """

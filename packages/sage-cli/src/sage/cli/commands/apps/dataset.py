@@ -45,7 +45,7 @@ def check(
 ) -> None:
     """List all errors and warnings with their line numbers, and count the samples.
 
-    The exit code is 1 if there are errors or no samples, or if there are warnings without --allow-warnings.
+    The exit code is 1 if there are errors or no samples, or if there are warnings and --allow-warnings is not given.
     """
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset

@@ -1,6 +1,6 @@
 """Cache of converted models for serving, in `cache_dir/gguf/KEY` and `cache_dir/openvino/KEY`.
 
-KEY is a hash of the model's content, the precision and the version of the converter.
+KEY is a hash of three values: the model's content, the precision, and the converter's version.
 """
 
 import hashlib

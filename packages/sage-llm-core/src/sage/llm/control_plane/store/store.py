@@ -88,7 +88,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
         join_values: new values for columns of this server.
         leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
         unless the server sleeps.
-        must_remain: raise StaleWrite if no other engine would remain on the server.
+        must_remain: whether to raise StaleWrite if no other engine would remain on the server.
         values: new values for other columns of the engine.
 
         Raises StaleWrite if the engine was changed after it was read. Also raises StaleWrite if the server to replace hosts
@@ -157,7 +157,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
             )
 
     def touch(self, engine_id: str) -> EngineRecord:
-        """Record a request to an engine, and return the engine. Raises NotFound.
+        """Store the time of a request to an engine, and return the engine. Raises NotFound.
 
         This method needs no lease, so a control plane on standby can call it. The engine's version is incremented. If a
         pause was planned before the request, writing the pause then raises StaleWrite.
