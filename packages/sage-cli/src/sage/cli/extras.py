@@ -1,4 +1,4 @@
-"""Check whether optional packages are installed. Some commands need these packages for work on this machine."""
+"""Check whether the optional packages that a command needs are installed."""
 
 import importlib.util
 

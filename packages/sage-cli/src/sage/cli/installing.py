@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from sage.llm.control_plane.backends.environments import Environment
 
 _TEXT_LETTERS = 60
-#: First words of the lines to show: the current step of pip, or that another command is installing the backend.
+#: Only lines with one of these first words are shown. `Waiting` means that another command is installing the backend.
 _SHOWN = ("Collecting", "Installing", "Waiting")
 
 

@@ -25,7 +25,7 @@ class TrainingOption(NamedTuple):
 
     @property
     def declaration(self) -> str:
-        """Return the name of the command-line option, with the negative name if there is one."""
+        """Return the name of the command-line option, followed by `/` and the negative name if there is a negative name."""
         return self.flag or f"--{self.field.replace('_', '-')}"
 
 
@@ -72,7 +72,7 @@ OPTIONS = (
     TrainingOption("modules_to_save", str, None, "Names of modules to train fully, separated by commas."),
     TrainingOption("use_rslora", bool, False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).", "--use-rslora"),
     TrainingOption("use_dora", bool, False, "Train magnitude and direction separately (DoRA); slower.", "--use-dora"),
-    TrainingOption("loraplus_lr_ratio", float, None, "LoRA+: learning rate of matrix B divided by that of A."),
+    TrainingOption("loraplus_lr_ratio", float, None, "LoRA+: ratio of the learning rates of matrix B and matrix A."),
     TrainingOption("train_on", str, "assistant", "Tokens to compute the loss on: assistant, last_turn or all."),
     TrainingOption("method", str, "sft", "sft (answers), dpo, orpo or kto (preferences), grpo (rewards)."),
     TrainingOption("beta", float, None, "Strength of the KL or preference term, for dpo, orpo, kto, grpo."),
@@ -108,7 +108,7 @@ OPTIONS = (
 
 
 def with_training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the training options to a command, whose parameter `**training` receives the options that a user sets."""
+    """Add the training options to a command. The command receives the user's training options as `**training`."""
 
     def run(**values: Any) -> None:
         names = {option.field for option in OPTIONS}

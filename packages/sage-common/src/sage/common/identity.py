@@ -16,7 +16,7 @@ import psutil
 _UNKNOWN_PID = 0
 #: Indexes of the start time (field 22) and the state (field 3) in the part of /proc/PID/stat after the process name.
 _START_TICKS, _STATE = 19, 0
-#: Maximum rounds of listing and killing a session's processes. A listed process can fork before the signal arrives.
+#: Maximum number of rounds in `kill_session`. Another round is needed if a process forks before the signal arrives.
 _KILL_ROUNDS = 10
 
 

@@ -5,18 +5,19 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator
 
-#: Packages that transformers imports if they are installed. Language models do not use them. They take 1 s and 120 MB.
+#: Packages that transformers imports if they are installed, but that language models do not use. The imports take 1 s and
+#: 120 MB.
 UNUSED_BY_LANGUAGE_MODELS = ("datasets", "pandas", "scipy", "sklearn")
 
 
 @contextlib.contextmanager
 def fast_imports(unused: Iterable[str] = ()) -> Iterator[None]:
-    """Make imports in the block faster, for example of torch: without garbage collection and without `unused` packages.
+    """Make the imports in the block faster. Garbage collection is disabled, and the packages `unused` are hidden.
 
-    Imported modules are never freed, but garbage collection would examine all their objects again and again, which takes
-    a sixth of the time. After the block, these objects are excluded from garbage collection.
+    Imported modules are never freed, but garbage collection would examine their objects repeatedly. This would take a sixth
+    of the import time. After the block, these objects are excluded from garbage collection.
 
-    unused: packages that appear as not installed from now on.
+    unused: packages to hide. From now on, an import of such a package raises ImportError.
     """
     sys.modules.update(dict.fromkeys(unused))  # type: ignore[arg-type] # None: the import raises ImportError
     gc.disable()

@@ -25,7 +25,7 @@ class Moves:
 
     @classmethod
     def of(cls, folders: Mapping[Path, Path]) -> "Moves":
-        """Return the moves of folders.  folders: the new path of each folder by its old path."""
+        """Return the moves of folders.  folders: a mapping from old paths to new paths."""
         return cls(tuple((str(old), str(new)) for old, new in folders.items() if old != new))
 
     def path(self, path: Path) -> Path:
@@ -70,7 +70,8 @@ def open_restored(database: Path, moves: Moves) -> None:
             for table, columns in _COLUMNS.items():
                 for column in columns:
                     _move_column(connection, table, column, moves)
-            # The leases belong to the gateway that ran when the backup was written, and use the clock of that machine.
+            # The leases belong to the gateway that ran when the backup was written. Their expiry times come from the clock
+            # of that gateway's machine.
             connection.execute("UPDATE leases SET holder = NULL, expires_at = '2000-01-01 00:00:00.000000'")
     except sqlite3.Error as error:
         raise BackupError(

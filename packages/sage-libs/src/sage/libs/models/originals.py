@@ -13,7 +13,10 @@ FOLDER = ".converted"
 
 
 def original(folder: Path) -> Path:
-    """Return the folder of the original GGUF file of a converted model; return any other folder unchanged."""
+    """Return the folder that contains the original GGUF file of a converted model.
+
+    If `folder` is not the folder of a converted model, or if no original file is found, return `folder`.
+    """
     if folder.parent.name == FOLDER:
         for source in sources(folder.with_name(f"{folder.name}.sources")):
             gguf = Path(str(source[0]))
@@ -23,7 +26,7 @@ def original(folder: Path) -> Path:
 
 
 def identity(gguf: Path) -> list[object]:
-    """Return path, device, inode, size and times of a file."""
+    """Return the path, device, inode, size, modification time and change time of a file."""
     found = gguf.stat()
     return [str(gguf.resolve()), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

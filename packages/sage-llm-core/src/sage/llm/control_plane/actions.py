@@ -22,8 +22,8 @@ class Launch:
 
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
-    is_moved: bool = False  #: the new server needs a new id, because other engines use the engine's last server
-    devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any
+    is_moved: bool = False  #: whether to use a new server id, because other engines use the engine's previous server
+    devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any devices
     reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
     threads: int | None = None  #: the CPU threads that the planned server gets; None: the default of its program
 
@@ -39,7 +39,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Sleep:
-    """Let the server of an engine release its memory, and pause the engine."""
+    """Let the server of an engine release memory, and pause the engine."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -47,7 +47,7 @@ class Sleep:
 
 @dataclass(frozen=True)
 class Wake:
-    """Let the server of an engine allocate its memory again."""
+    """Let the server of an engine allocate the released memory again."""
 
     engine: EngineRecord
     server: ServerRecord
@@ -83,7 +83,7 @@ class SetDesired:
 
     engine: EngineRecord
     desired: DesiredState
-    paused_by: str | None = None  #: `idle`, or the id of the waiting engine that needs the memory
+    paused_by: str | None = None  #: `idle`, or the id of the waiting engine that needs the memory; None: not paused
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class SendSignal:
     engine: EngineRecord
     server: ServerRecord
     signal: Signal
-    closes: bool = False  #: mark the server as closing before the signal is sent, so that no engine joins it
+    closes: bool = False  #: whether to mark the server as closing before the signal is sent, so that no engine joins it
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class Transition:
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: if `state` is failed: number of the restart that follows; None: no restart
-    must_remain: bool = False  #: raise StaleWrite if no other engine would remain on the server
+    restarts: int | None = None  #: new count of restarts of a failed engine that is queued again; None: not queued again
+    must_remain: bool = False  #: whether to raise StaleWrite if no other engine would remain on the server
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -125,7 +125,7 @@ class StartMerge:
 
 @dataclass(frozen=True)
 class SwapServers:
-    """Give an engine the server with its merged model. The merger gets the engine's previous server and is stopped."""
+    """Give an engine the server with the merged model. The merger gets the engine's previous server and is stopped."""
 
     engine: EngineRecord
     server: ServerRecord

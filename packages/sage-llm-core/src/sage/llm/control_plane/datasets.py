@@ -11,12 +11,12 @@ FILE_ID = "file-"
 
 
 class DatasetResolver(Protocol):
-    """Finds the file or folder of a dataset, given a reference to it."""
+    """Finds the file or folder of a dataset from a reference to the dataset."""
 
     def resolve(self, reference: str) -> Path:
         """Return the file or folder that contains a dataset.
 
-        Raises ConfigError if the reference cannot be resolved, DatasetError if the file or folder does not exist.
+        Raises ConfigError if the reference is not valid. Raises DatasetError if the file or folder does not exist.
         """
 
 
@@ -26,7 +26,8 @@ class LocalDatasets:
     def resolve(self, reference: str) -> Path:
         """Return `reference` as a path.
 
-        Raises DatasetError if the path does not exist, ConfigError if it is relative or if `reference` is the id of a file.
+        Raises DatasetError if the path does not exist. Raises ConfigError if the path is relative, or if `reference` is the
+        id of an uploaded file.
         """
         if reference.startswith(FILE_ID):
             raise ConfigError(
@@ -43,7 +44,10 @@ class LocalDatasets:
 
 
 def check_absolute(option: str, path: str) -> None:
-    """Raise ConfigError if a path is relative, because the working folders of the gateway and a client can differ."""
+    """Raise ConfigError if a path is not absolute.
+
+    Relative paths are refused, because the gateway and a client can have different working folders.
+    """
     if not path.startswith("/"):
         raise ConfigError(
             code="path_not_absolute",

@@ -1,7 +1,7 @@
 """Plan when an idle engine is unloaded, and when it is loaded again.
 
 A pause clears `last_request_at`, and the next request sets `last_request_at` again. If the engine was paused because it was
-idle, the plan then sets the desired state to `running`, even before the engine is unloaded.
+idle, the plan then sets the desired state to `running`, even if the engine is not unloaded yet.
 """
 
 from sage.llm.client.types import DesiredState, EngineState, Reason

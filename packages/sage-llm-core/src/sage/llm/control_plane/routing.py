@@ -53,7 +53,7 @@ class Route:
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: whether a stopping engine is only being unloaded, so that requests wait until the engine is loaded again
+    #: whether a stopping engine gets the state `paused` afterwards; requests then wait until the engine is loaded again
     is_pausing: bool
     #: `user`, or the id of the engine for which this engine makes room; None: not paused, or paused because it was idle
     paused_by: str | None
@@ -68,7 +68,7 @@ class _Group:
 
 
 class RoutingTable:
-    """The engines of a node that are not stopped, completed or failed, with an index of their ids, names and models.
+    """The active engines of a node, indexed by id, name and model. Stopped, completed and failed engines are not active.
 
     Use a table in one event loop only.
     """
@@ -132,8 +132,8 @@ class RoutingTable:
 
         model: the name of a route; the id, name or model of an engine; or `sage-default`.
         client: identifies the sender of the request. A route sends all requests of a client to the same engine.
-        If no running engine responds, the newest starting engine is returned, and the request waits for it.
-        Raises Overloaded if only running engines match and none responds, NotFound if no engine matches.
+        If no running engine responds, an engine that does not run yet is returned. The request waits until this engine runs.
+        Raises Overloaded if all matching engines run but do not respond. Raises NotFound if no engine matches.
         """
         groups = [self._groups.get((kind, key), _NO_ENGINES) for key in self._keys_of(model, client)]
         wanted: str | None = None
@@ -163,7 +163,10 @@ class RoutingTable:
         return list(self._named.values())
 
     def newest(self, key: str, kind: EngineKind) -> Route | None:
-        """Return the newest engine with this id, name or model, preferably a running engine."""
+        """Return the newest running engine with this id, name or model.
+
+        If no such engine runs, return the newest engine that does not run yet, or None.
+        """
         group = self._groups.get((kind, key), _NO_ENGINES)
         entries = group.running or group.starting
         return self._routes[entries[-1][1]] if entries else None
@@ -216,7 +219,7 @@ class RoutingTable:
             for entries, order in self._entries(route):
                 del entries[bisect_left(entries, (order, engine_id))]
             for key in _keys(route):
-                group = self._groups.get((route.kind, key))  # None if the engine was stopping: it is in no group
+                group = self._groups.get((route.kind, key))  # None if the engine was stopping: no group contained it
                 if group and not group.running and not group.starting:
                     del self._groups[route.kind, key]
 

@@ -45,12 +45,12 @@ class Job(Generic[T]):
         self._arrived.put_nowait(ending)
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # raised if the event loop is closed, because the process ends
+        with contextlib.suppress(RuntimeError):  # raised if the process is ending and has closed the event loop
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job. If `reason` is given, the consumer of the pieces receives `reason` as an exception."""
-        if reason:  # put before `gone` is set, because the worker puts the end of the answer after it sees `gone`
+        if reason:  # `reason` must be put first, because a worker that sees `gone` puts the end of the answer
             self.put(reason)
         self.gone.set()
 
@@ -94,7 +94,7 @@ class Lane:
         return job
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Queue a function, wait until it was called, and return its result.
+        """Queue a function, wait until the thread has called the function, and return the result.
 
         If the caller is cancelled before the function is called, the function is not called.
         """
@@ -150,7 +150,10 @@ class JobThread:
             self._jobs.add(job)
 
     def _work(self) -> None:
-        """Process jobs until `close`. Implementations must catch an exception in one job, so that other jobs continue."""
+        """Process jobs until `close` is called.
+
+        Implementations must catch an exception in one job, so that other jobs continue.
+        """
         raise NotImplementedError
 
     def _run(self) -> None:

@@ -22,7 +22,7 @@ def _refuse_constant(name: str) -> None:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-Functions = Mapping[str, Mapping[str, Any]]  # by function name: JSON schema of the parameters
+Functions = Mapping[str, Mapping[str, Any]]  # keys: function names; values: JSON schemas of the parameters
 
 
 class Call(NamedTuple):
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
-    """Return the calls in a text, or () if the text is not a valid call or if a function is unknown."""
+    """Return the calls in a text, or () if there is no call, or if any call is not valid or names an unknown function."""
     if _XML_CALL.search(text):
         found = [
             (name.strip(), _xml_arguments(body, functions.get(name.strip(), {}))) for name, body in _XML_CALL.findall(text)
@@ -63,7 +63,7 @@ def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
 
 
 def _json_text(arguments: Any) -> str:
-    """Return a value as JSON without Unicode escapes, or with escapes if it contains a lone surrogate (half a character)."""
+    """Return a value as JSON. Unicode escapes are used only if the value has a lone surrogate, which UTF-8 cannot encode."""
     text = json.dumps(arguments, ensure_ascii=False)
     try:
         text.encode()
@@ -115,10 +115,10 @@ class AnswerReader:
     """
 
     def __init__(self, answer_format: AnswerFormat, functions: Functions, *, is_reasoning: bool = False) -> None:
-        """functions: functions that the model may call.  is_reasoning: the prompt ends inside the reasoning."""
+        """functions: functions that the model may call.  is_reasoning: whether the prompt ends inside the reasoning."""
         self._format = answer_format
         self._functions = functions if answer_format.call_open is not None else {}
-        self._held = ""  #: text not returned yet, because it can be part of a marker or of a call
+        self._held = ""  #: text that is not returned yet, because this text can be part of a marker or of a call
         self._spaces = ""  #: whitespace that is returned only if more text of the same kind follows
         self._is_trimming, self._is_end, self._has_content, self._has_called = is_reasoning, False, False, False
         self._parts: list[Part] = []
@@ -126,7 +126,7 @@ class AnswerReader:
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
-        """Add a piece of the answer, and return what is now certain to be content, reasoning or a call."""
+        """Add a piece of the answer. Return complete calls, and the text that is now known to be content or reasoning."""
         self._held += text
         while self._step():
             pass
@@ -166,7 +166,7 @@ class AnswerReader:
             self._held = ""
         elif self._format.call_open:
             text, is_call = self._until(self._format.call_open)
-        elif not self._has_content:  # calls have no marker, so a call must be the whole answer
+        elif not self._has_content:  # calls have no marker, so the content is either calls or text, never both
             text, is_call = "", self._held.lstrip()[:1] in ("{", "[")
             if not is_call and (self._held.strip() or self._is_end):
                 text, self._held = self._held, ""
@@ -196,7 +196,7 @@ class AnswerReader:
     def _until(self, marker: str) -> tuple[str, bool]:
         """Remove and return the buffered text before a marker, and whether the marker was found and removed.
 
-        If no marker is found, text that can be the beginning of the marker stays in the buffer.
+        If the marker is not found, text that can be the beginning of the marker stays in the buffer.
         """
         text, found, rest = self._held.partition(marker)
         if not found and not self._is_end:

@@ -1,4 +1,8 @@
-"""Add limits that uvicorn does not have: the number of client connections, and the size and duration of a request's head."""
+"""Add limits to uvicorn's HTTP protocol.
+
+The limits are the number of client connections, the size of a request's head (request line and headers), and the time in
+which a complete head must arrive.
+"""
 
 import asyncio
 import json
@@ -21,7 +25,7 @@ _MOST_DESCRIPTORS = 65_536
 _RESERVED_DESCRIPTORS = 56
 _HEAD_BYTES = 65_536
 _HEAD_SECONDS = 30
-#: Idle client connections are closed after this many seconds. The clients close idle connections earlier (httpx: 5 s,
+#: Idle client connections are closed after this many seconds. HTTP clients close idle connections earlier (httpx: 5 s,
 #: aiohttp: 15 s), so a client does not send a request on a connection that the gateway has just closed.
 _KEEP_ALIVE_SECONDS = 30
 _LINGER_SECONDS = 2
@@ -56,9 +60,10 @@ class BoundedHttp(HttpToolsProtocol):
     _reason: Refusal | None = None
     _head_bytes = 0  #: number of bytes that were received since the head began; may include bytes of the previous body
     _head_is_open = True
-    #: Loop time at which the connection is closed if no complete head of a request has arrived. Infinite during a request.
+    #: Time of the event loop's clock at which the connection is closed, unless a complete head arrives before that time.
+    #: Infinite during a request.
     _deadline_seconds = math.inf
-    #: One timer that checks the deadline; to start and cancel timers for each request would cost 3 µs.
+    #: One timer for all requests of the connection, because a new timer for each request would cost 3 µs.
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -19,7 +19,7 @@ def values(headers: RawHeaders, name: bytes) -> list[bytes]:
 
 
 def value(headers: RawHeaders, name: bytes) -> bytes:
-    """Return the value of the first header named `name`; b"" if there is none."""
+    """Return the value of the first header named `name`; b"" if there is no such header."""
     for key, found in headers:
         if key == name:
             return found

@@ -15,14 +15,14 @@ Piece = bytes | memoryview
 #: Bodies above this size are parsed in a thread.
 LARGE_BYTES = 1_000_000
 #: Texts below this length are parsed in one call, and then searched for `model`. Longer texts are parsed member by member,
-#: because the search in them would take too long.
+#: because searching a long text would be too slow.
 _SHORT_CHARS = 4096
 _MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BEGIN = re.compile(r"[ \t\n\r]*{[ \t\n\r]*")
 _BLANK = re.compile(r"[ \t\n\r]*")
 _COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
-#: A name without escapes, and the colon.
+#: The name of a member, without escapes, and the colon after the name.
 _SIMPLE_NAME = re.compile(r'"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 _COMMA_OR_END = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 _MODEL = b'"model"'
@@ -34,7 +34,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number)
-_scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined] # C code of `raw_decode`
+_scan: Callable[[str, int], tuple[Any, int]] = _DECODER.scan_once  # type: ignore[attr-defined] # used by `raw_decode`
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class JsonBody:
 async def parsed(body: bytes) -> JsonBody:
     """Parse a body and return it as JsonBody.
 
-    Raises Refusal if the body is not JSON, is nested too deeply, or has half of a surrogate pair, which UTF-8 cannot encode.
+    Raises Refusal if the body is not JSON, is nested too deeply, or has half of a surrogate pair (not valid in UTF-8).
     """
     return await asyncio.to_thread(_parse, body) if len(body) > LARGE_BYTES else _parse(body)
 
@@ -70,7 +70,8 @@ def answer_with_model(answer: bytes, model: bytes) -> bytes:
     """Return an engine's answer with another `model`; everything else is unchanged.
 
     answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
-    The answer is returned unchanged if it contains no `model`, or if it contains several and is not valid JSON.
+    The answer is returned unchanged if it has no `model` that is a string. The answer is also returned unchanged if it
+    contains `"model"` more than once and is not valid JSON.
     """
     at = answer.find(_MODEL)
     if at < 0:
@@ -110,13 +111,13 @@ def _parse(body: bytes) -> JsonBody:
 
 
 def _decode(text: str) -> tuple[Any, list[tuple[int, int]]]:
-    """Return the parsed content, and the offsets of each top-level `model` value, in characters.
+    """Return the parsed content, and the start and end of each top-level `model` value, as character offsets.
 
     Raises ValueError or RecursionError.
     """
     if not _BEGIN.match(text):
         return _DECODER.decode(text), []
-    if len(text) < _SHORT_CHARS and "\\u006" not in text:  # `model` has no other spelling in this text
+    if len(text) < _SHORT_CHARS and "\\u006" not in text:  # no letter of `model` is escaped in this text
         content = _DECODER.decode(text)
         at = text.find('"model"')
         if at < 0 or "model" not in content:

@@ -8,7 +8,7 @@ import typer
 
 
 class Method(StrEnum):
-    """The training methods, repeated here so that `--help` does not import the library."""
+    """The training methods, repeated here so that `--help` does not import sage.libs."""
 
     sft = "sft"
     dpo = "dpo"
@@ -18,7 +18,7 @@ class Method(StrEnum):
 
 
 class TrainOn(StrEnum):
-    """The parts of a chat on which the loss is computed, repeated for the same reason as `Method`."""
+    """The parts of a chat on which the loss is computed, repeated here so that `--help` does not import sage.libs."""
 
     assistant = "assistant"
     last_turn = "last_turn"
@@ -43,9 +43,9 @@ def check(
     allow_warnings: Annotated[bool, typer.Option("--allow-warnings", help="Exit with code 0 despite warnings.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List all errors and warnings with their lines, and count samples.
+    """List all errors and warnings with their line numbers, and count the samples.
 
-    The exit code is 1 if there are errors or no samples, or if there are warnings without --allow-warnings.
+    The exit code is 1 if there are errors or no samples, or if there are warnings and --allow-warnings is not given.
     """
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset
@@ -68,7 +68,7 @@ def check(
 def show(
     file: DatasetFile,
     model: Model = "smollm2-135m-instruct",
-    line: Annotated[int | None, typer.Option(min=1, help="Number of the line (or record) to show.")] = None,
+    line: Annotated[int | None, typer.Option(min=1, help="Line (or record) to show, counted from 1.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 3,
     max_seq_length: Cutoff = 512,
     train_on: TrainedOn = TrainOn.assistant,

@@ -16,14 +16,14 @@ def set_(
     name: Annotated[str, typer.Argument(help="Model name that requests use.")],
     engines: Annotated[
         list[str],
-        typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Ids, names or models of engines; WEIGHT: share of requests."),
+        typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Engine ids, names or models; WEIGHT: relative share of requests."),
     ],
     fallback: Annotated[
         str | None, typer.Option(metavar="ENGINE", help="Engine to use if no other engine can answer.")
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Send the requests for a name to an engine, or split them among several engines by weight.
+    """Send the requests for a model name to an engine, or split the requests among several engines by weight.
 
     Example: `sage route set prod new=10 old=90`. Requests with the same `user` field are sent to the same engine.
     """

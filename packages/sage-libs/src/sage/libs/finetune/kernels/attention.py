@@ -94,9 +94,9 @@ def packed_attention(
 def fused_attention(
     projected: Tensor, rotary: tuple[Tensor, Tensor] | None, cu_seqlens: Sequence[int], shape: AttentionShape
 ) -> Tensor:
-    """Compute `packed_attention` with torch's scaled_dot_product_attention, which stores no scores on a GPU.
+    """Compute `packed_attention` with torch's scaled_dot_product_attention.
 
-    Sliding windows are not supported.
+    On a GPU, scaled_dot_product_attention does not store the attention scores. Sliding windows are not supported.
     """
     columns = projected.view(projected.shape[0], -1, shape.head_dim).transpose(0, 1)
     rotated, value = columns.split([shape.num_heads + shape.num_kv_heads, shape.num_kv_heads])
@@ -120,7 +120,10 @@ def fused_attention(
 
 @functools.lru_cache(maxsize=1)
 def cu_seqlens_as_list(cu_seq_lens: Tensor) -> list[int]:
-    """Return `cu_seq_lens` as a list. The result is cached, so that only the first layer of a step copies from the GPU."""
+    """Return `cu_seq_lens` as a list.
+
+    The last result is cached, so that only the first layer of a step copies the tensor from the GPU.
+    """
     return [int(bound) for bound in cu_seq_lens.tolist()]
 
 
@@ -135,7 +138,7 @@ def attention_interface(
     cu_seq_lens_q: Tensor | None = None,
     **_more: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers; calls `packed_attention`. query, key, value: (1, heads, tokens, head_dim)."""
+    """Call `packed_attention` for a layer of transformers.  query, key, value: (1, heads, tokens, head_dim)."""
     assert cu_seq_lens_q is not None, "cu_seq_lens_q is missing"
     shape = AttentionShape(query.shape[1], key.shape[1], query.shape[3], scaling or query.shape[3] ** -0.5, sliding_window)
     tokens = query.shape[2]

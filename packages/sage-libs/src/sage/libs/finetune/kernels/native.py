@@ -45,7 +45,7 @@ def _compiler() -> list[str] | None:
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    private_folder(target.parent)  # other users must not write to the folder, because SAGE executes its files
+    private_folder(target.parent)  # other users must not write to the folder, because SAGE executes the files in it
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run(

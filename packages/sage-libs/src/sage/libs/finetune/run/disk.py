@@ -18,7 +18,7 @@ def check_start(config: FinetuneConfig, trained_bytes: int, runs: Path) -> None:
 
     trained_bytes: size of the trained parameters.  runs: folder of the run directories, which need not exist yet.
     """
-    # The oldest checkpoint is removed after the newest one is complete.
+    # The oldest checkpoint is removed after the newest checkpoint is complete, so one more checkpoint must fit.
     count = config.keep_checkpoints + 1 + config.keep_best
     if config.max_steps:
         count = min(count, math.ceil(config.max_steps / config.save_steps))

@@ -15,7 +15,7 @@ from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
 
 _SEARCHED_RUNS = 100
-#: Options that decide the number formats and the speed of a run.
+#: Decisive options: the options that decide the number formats and the speed of a run.
 _DECISIVE = ("base_model", "finetuning_type", "method", "precision", "use_8bit", "quantization", "fast_kernels")
 #: Bytes of a dataset per token, typical for English text.
 _TOKEN_BYTES = 4
@@ -23,20 +23,20 @@ _TOKEN_BYTES = 4
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What a run of the same model with the same decisive options has measured."""
+    """What an earlier run with the same decisive options has measured."""
 
     formats: Formats
     tokens_per_second: float | None
 
 
 def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
-    """Return what the newest run with the model and the decisive options of `config` has measured, or None.
+    """Return what the newest run with the same decisive options as `config` has measured, or None if there is no such run.
 
     root: folder of the run directories.
     """
     wanted = config.model_dump(mode="json", include=set(_DECISIVE))
     for run in _newest(root):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged run, or a run of a later version
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # the run is damaged, or from a later SAGE
             found = json.loads(run.spec_path.read_bytes())["config"]
             if any(found[name] != value for name, value in wanted.items()):
                 continue
@@ -66,7 +66,7 @@ def default_formats(config: FinetuneConfig, device: str) -> Formats:
 
 
 def training_seconds(config: FinetuneConfig, tokens_per_second: float | None) -> float | None:
-    """Return the expected duration of the steps of a run in seconds; None if speed or number of tokens is not known."""
+    """Return the expected duration of a run's steps, or None if the speed or the number of tokens is not known."""
     tokens = _tokens(config)
     return tokens / tokens_per_second if tokens and tokens_per_second else None
 

@@ -1,4 +1,4 @@
-"""The memory that the control plane reserved for a run; does not import torch."""
+"""The memory that the control plane reserved for a run. This module does not import torch."""
 
 import os
 

@@ -1,6 +1,6 @@
 """Cache of converted models for serving, in `cache_dir/gguf/KEY` and `cache_dir/openvino/KEY`.
 
-KEY is a hash of the model's content, the precision and the version of the converter.
+KEY is a hash of three values: the model's content, the precision, and the converter's version.
 """
 
 import hashlib
@@ -40,8 +40,9 @@ def cached_gguf(source: ModelSource, precision: str, llama_cpp: LlamaCpp) -> tup
 
 
 def cached_openvino(source: ModelSource, quantize: str, open_vino: OpenVino) -> Path:
-    """Return the folder with a model in OpenVINO's format (an adapter is merged); create it if needed.
+    """Return the folder with a model in OpenVINO's format. If the folder does not exist, create it.
 
+    If the model is an adapter, the folder contains the base model merged with the adapter.
     quantize: a key of OPENVINO_PRECISIONS.
     Raises ModelError if OpenVINO does not support the model, and OutputError if too little disk space is free.
     """

@@ -25,7 +25,7 @@ def _post(address: str, path: str, body: dict[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Read chats from standard input and print their token ids; the argument of the command line is the GGUF file."""
+    """Read chats from standard input, and print the token ids of their prompts. The command-line argument is a GGUF file."""
     params = xllamacpp.CommonParams()
     params.model.path = sys.argv[1]
     params.n_ctx, params.n_parallel, params.warmup, params.use_jinja = 512, 1, False, True

@@ -1,4 +1,4 @@
-"""The step of an export that loads weights: it checks an adapter, or merges the adapter and writes the model."""
+"""The step of an export that loads weights: it checks an adapter, or writes a model as safetensors."""
 
 import argparse
 import logging
@@ -18,7 +18,7 @@ from sage.libs.models.loading import load_causal_lm, load_tokenizer, local_folde
 from sage.libs.models.resolve import ModelKind, ModelSource, resolve_model
 
 logger = logging.getLogger(__name__)
-#: Files in the base model's folder that are copied with the weights.
+#: Patterns of the licence files that are copied from the base model's folder to the export.
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 #: Chats whose prompts must have the same tokens in each export format.
 _PROBES: list[list[Message]] = [
@@ -37,14 +37,15 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def check_adapter(name: str) -> None:
-    """Load a base model and attach its adapter with PEFT; raises ModelError if this fails."""
+    """Load the base model of an adapter, and attach the adapter with PEFT. Raises ModelError on failure."""
     source, base = _located(name)
     attach_adapter(load_causal_lm(base, _own_dtype(base)), source.folder)
 
 
 def write_dense(name: str, folder: Path, *, fp32: bool, with_modelfile: bool) -> dict[str, Any]:
-    """Write a model as safetensors, with tokenizer, chat template and end tokens; an adapter is merged in fp32.
+    """Write a model as safetensors, with tokenizer, chat template and end tokens.
 
+    If the model is an adapter, the adapter is merged into its base model in fp32 before the result is written.
     fp32: whether to write the result in fp32 instead of the dtype of the base model.
     Returns the dict from `_described` with the additional key `modelfile` (None if `with_modelfile` is False).
     Raises ModelError, for example if the adapter cannot be merged.

@@ -32,7 +32,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 def resolve(name: str, kind: EngineKind, model: ModelSource, quantize: object = None) -> tuple[Backend, str | None]:
-    """Return a backend that can run `model`, and the reason if it was chosen automatically, else None.
+    """Return a backend that can run `model`, and why this backend was chosen (None if `name` is the name of the backend).
 
     quantize: the requested value of the option `quantize`. Raises ConfigError if the backend is not installed, or if no
     backend can run the model as an engine of `kind`.
@@ -74,7 +74,7 @@ def resolve_merged(model: ModelSource) -> tuple[Backend, str]:
 
 
 def list_backends() -> list[BackendView]:
-    """Return all backends, and whether each is installed."""
+    """Return all backends. Each BackendView shows whether the backend is installed."""
     return [_view(backend, environments.environment(backend.name)) for backend in BACKENDS.values()]
 
 

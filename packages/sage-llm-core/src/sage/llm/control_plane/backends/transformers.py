@@ -19,7 +19,7 @@ _FRAMEWORK_BYTES = 500_000_000
 
 
 class TransformersOptions(BatchOptions):
-    """The options of an llm engine."""
+    """The options of an engine with the backend `transformers`."""
 
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Data type of the weights; auto: fp32 on a CPU, bf16 on a GPU."
@@ -27,7 +27,7 @@ class TransformersOptions(BatchOptions):
 
 
 class TransformersBackend(WorkerBackend):
-    """Serves a base model with adapters that are loaded while the server runs, or with one adapter merged into it."""
+    """Serves a base model with adapters that are loaded while the server runs, or a base model merged with one adapter."""
 
     name: ClassVar[str] = "transformers"
     capabilities: ClassVar[Capabilities] = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind), hot_adapters=True)
@@ -45,11 +45,11 @@ class TransformersBackend(WorkerBackend):
         )  # fmt: skip
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running server cannot load the adapter, or None for a plain LoRA adapter."""
+        """Return why a running server of `base` cannot load the adapter, or None if the server can load it."""
         return why_not_hot(adapter, base)
 
     def estimate(self, model: ModelSource, options: TransformersOptions) -> MemoryEstimate | None:
-        """Return the memory of the server."""
+        """Return the estimated memory of the server, or None if the sizes of the model are not known."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

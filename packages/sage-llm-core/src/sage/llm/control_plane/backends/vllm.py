@@ -79,7 +79,7 @@ class VllmBackend(WorkerBackend):
         return {
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
             "VLLM_CPU_KVCACHE_SPACE": str(options.kv_cache_gb),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads can use any core, because other processes use the cores too
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # do not bind threads to cores that other processes use too
             "VLLM_NO_USAGE_STATS": "1",
             **thread_variables(options.threads),
         }
@@ -97,7 +97,7 @@ class VllmBackend(WorkerBackend):
         return options.max_adapters
 
     def estimate(self, model: ModelSource, options: VllmOptions) -> MemoryEstimate | None:
-        """Return the memory of the server."""
+        """Return the estimated memory of the server, or None if the sizes of the model are not known."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

@@ -20,12 +20,12 @@ class Gpu:
     memory_total_bytes: int
     memory_used_bytes: int = 0
     uuid: str | None = None
-    number: int | None = None  #: NVML's number of the GPU, or of the GPU that contains the MIG device; None: a fake GPU
+    number: int | None = None  #: NVML's index of the GPU, or of the GPU that contains the MIG device; None: a fake GPU
     utilization_percent: float | None = None
     temperature_celsius: float | None = None
     is_mig: bool = False
     is_fake: bool = False
-    process_bytes: Mapping[int, int] = field(default_factory=dict)  #: memory by process id
+    process_bytes: Mapping[int, int] = field(default_factory=dict)  #: keys: process ids; values: GPU memory of the process
 
     @property
     def selector(self) -> str | None:
@@ -61,7 +61,10 @@ def has_gpu() -> bool:
 
 
 def gpu_memory_of(pid: int) -> int | None:
-    """Return the memory that a process and the other processes of its session use on all GPUs, or None if they use none."""
+    """Return the GPU memory of the session that the process `pid` leads, or None if the session uses no GPU memory.
+
+    The memory is the total of all processes in the session, on all GPUs.
+    """
     members = all_sessions().get(pid, [pid])
     return sum(gpu.bytes_of(members) for gpu in list_gpus()) or None
 
@@ -80,7 +83,8 @@ def _gpus(nvml: Any) -> Iterator[Gpu]:
 def _is_visible(gpu: Gpu) -> bool:
     """Return whether CUDA_VISIBLE_DEVICES allows this process to use a GPU.
 
-    The variable is not set, or one of its entries is the GPU's number or the beginning of the GPU's UUID.
+    A GPU is allowed if the variable is not set, or if an entry of the variable is the GPU's number or the beginning of the
+    GPU's UUID.
     """
     entries = os.environ.get("CUDA_VISIBLE_DEVICES", str(gpu.number)).split(",")
     return any(
@@ -117,7 +121,7 @@ def _gpu(nvml: Any, index: int, handle: Any, parent: Any, *, is_mig: bool) -> Gp
 
 
 def _supported(nvml: Any, call: Callable[..., Any], *arguments: Any) -> Any | None:
-    """Return the result of a call, or None if the GPU does not support the call or was lost."""
+    """Return the result of a call, or None if NVML reports an error, such as a lost GPU or an unsupported call."""
     with contextlib.suppress(nvml.NVMLError):
         return call(*arguments)
     return None

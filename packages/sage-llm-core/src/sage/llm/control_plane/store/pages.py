@@ -1,4 +1,4 @@
-"""Queries for pages of engines. The cost of a query does not depend on the number of engines."""
+"""Queries for pages of engines. The cost of a query does not depend on the total number of engines."""
 
 from collections.abc import Collection
 from itertools import product

@@ -21,7 +21,7 @@ from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 from sage.llm.control_plane.store.transitions import TransitionCounts
 
-#: Columns of an engine that belong to its server and to the way in which the server has loaded the model.
+#: Columns of an engine that describe the engine's server, and how this server has loaded the model.
 _OF_SERVER = (
     "server_id", "backend", "backend_reason", "options", "dedicated", "base", "base_version", "adapter", "served_as",
     "devices", "threads", "reserved_bytes", "least_bytes",
@@ -50,8 +50,9 @@ class Store(ServerStore, RouteStore, OutboxStore):
     ) -> EngineRecord:
         """Insert a new engine and set its times, version and event ids. Raises Conflict if its port is taken.
 
-        notes: another engine, and columns to write to it.  replaces: an engine to stop.  Both are changed in the
-        same transaction. Raises StaleWrite if either record was changed after it was read.
+        notes: another engine, and new values for the columns of that engine.  replaces: an engine to stop.
+        These engines are changed in the transaction that inserts the new engine. Raises StaleWrite if one of these
+        engines was changed after its record was read.
         """
         values = to_columns(vars(record)) | {"version": 1, "created_at": clock(), "state_at": clock()}
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
@@ -83,12 +84,15 @@ class Store(ServerStore, RouteStore, OutboxStore):
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
         put_server: server to insert or replace.
-        join_server: id of a server that hosts other engines, or that sleeps.  join_values: columns of this server.
+        join_server: id of a server that hosts other engines, or that sleeps.
+        join_values: new values for columns of this server.
         leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
         unless the server sleeps.
-        must_remain: raise StaleWrite if no other engine would remain on the server.  values: other columns.
+        must_remain: whether to raise StaleWrite if no other engine would remain on the server.
+        values: new values for other columns of the engine.
 
-        Raises StaleWrite if the engine was changed after it was read, or if the server does not permit the change.
+        Raises StaleWrite if the engine was changed after it was read. Also raises StaleWrite if the server to replace hosts
+        other engines, or if the server to join is closing or no longer exists.
         Raises IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's
         port.
         """
@@ -116,7 +120,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
     ) -> EngineRecord:
         """Mark an engine as failed and queue it again, with two events in one transaction.
 
-        restarts: the number of this restart. Raises the same errors as `transition`.
+        restarts: new value of the column `restarts`. Raises the same errors as `transition`.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
             if leave_server:
@@ -140,9 +144,9 @@ class Store(ServerStore, RouteStore, OutboxStore):
     def swap_servers(
         self, record: EngineRecord, merger: EngineRecord, *, actor: str, lease: Lease, form: str
     ) -> tuple[EngineRecord, EngineRecord]:
-        """Swap the servers of two engines, with all columns that belong to the servers, and stop the second engine.
+        """Swap the servers of two engines, with all columns that describe the servers, and stop the engine `merger`.
 
-        form: the new form of `record`. Raises StaleWrite if either engine was changed after it was read.
+        form: new value of the column `form` of `record`. Raises StaleWrite if either engine was changed after it was read.
         """
         new, old = ({name: getattr(engine, name) for name in _OF_SERVER} for engine in (merger, record))
         with self._fenced(lease, record.node) as connection:
@@ -153,10 +157,10 @@ class Store(ServerStore, RouteStore, OutboxStore):
             )
 
     def touch(self, engine_id: str) -> EngineRecord:
-        """Record a request to an engine, and return the engine. Raises NotFound.
+        """Store the time of a request to an engine, and return the engine. Raises NotFound.
 
-        No lease is needed, so that a standby can call this. The engine's version is incremented, so that a pause that was
-        planned before the request cannot be written (StaleWrite).
+        This method needs no lease, so a control plane on standby can call it. The engine's version is incremented. If a
+        pause was planned before the request, writing the pause then raises StaleWrite.
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -212,7 +216,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
             return [engine_record(row) for row in connection.execute(query)]
 
     def hosted(self, engine_ids: Collection[str]) -> list[tuple[EngineRecord, ServerRecord | None]]:
-        """Return the engines with the given ids that exist, each with its server or None."""
+        """Return the engines whose ids are in `engine_ids`, each with its server (None if the engine has no server)."""
         with self._read() as connection:
             found = [engine_record(row) for row in connection.execute(select(engines).where(engines.c.id.in_(engine_ids)))]
             ids = {engine.server_id for engine in found}

@@ -1,4 +1,4 @@
-"""Create the tables of engines, their events and the lease.
+"""Create the tables for engines, events and leases.
 
 Revision ID: 0001
 """

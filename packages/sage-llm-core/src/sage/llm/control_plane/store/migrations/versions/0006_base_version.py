@@ -1,4 +1,4 @@
-"""Add the version of a base model's files, so that an engine does not join a server with an older version.
+"""Add the version of a base model's files, so that an engine does not join a server that has loaded older files.
 
 Revision ID: 0006
 """
@@ -11,6 +11,5 @@ down_revision = "0005"
 
 
 def upgrade() -> None:
-    """Add columns."""
     op.add_column("engines", sa.Column("base_version", sa.String()))
     op.add_column("servers", sa.Column("model_version", sa.String()))
