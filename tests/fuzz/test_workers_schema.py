@@ -19,7 +19,7 @@ CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/
 def worker(module: str, model: str) -> Iterator[httpx.Client]:
     """A worker's process that answers."""
     port = free_port()
-    argv = [sys.executable, "-m", f"sage.llm.workers.{module}", "--model", model, "--port", str(port)]
+    argv = [sys.executable, "-m", "sage.llm.workers", module, "--model", model, "--port", str(port)]
     with subprocess.Popen(argv) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
 
         def is_up() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 #: Packages that transformers imports if they are installed, but that language models do not use. The imports take 1 s and
 #: 120 MB.
-UNUSED_BY_LANGUAGE_MODELS = ("datasets", "pandas", "scipy", "sklearn")
+UNUSED_BY_MODELS = ("datasets", "pandas", "scipy", "sklearn")
 
 
 @contextlib.contextmanager

@@ -3,9 +3,8 @@
 import importlib
 import sys
 
-from sage.common.imports import UNUSED_BY_LANGUAGE_MODELS, fast_imports
+from sage.common.imports import UNUSED_BY_MODELS, fast_imports
 
-name = sys.argv.pop(1)
-with fast_imports(UNUSED_BY_LANGUAGE_MODELS if name == "generation" else ()):
-    server = importlib.import_module(f"sage.llm.workers.{name}")
+with fast_imports(UNUSED_BY_MODELS):
+    server = importlib.import_module(f"sage.llm.workers.{sys.argv.pop(1)}")
 server.main()
