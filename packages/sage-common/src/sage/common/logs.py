@@ -24,7 +24,7 @@ def configure_logging(level: str = "INFO") -> None:
 
 
 class _LineFormatter(logging.Formatter):
-    """A formatter that formats the time once per second."""
+    """A formatter that formats the time only once for all records of the same second."""
 
     _second, _time = -1, ""
 
@@ -39,7 +39,7 @@ class _LineFormatter(logging.Formatter):
 def tail_lines(path: Path, count: int) -> list[str]:
     """Return the last `count` lines of a log, or [] if the log does not exist yet.
 
-    As in a terminal, text after a carriage return replaces the text before it.
+    In each line, only the text after the last carriage return is kept, as in a terminal.
     """
     log = LogFile(path)
     text = log.read(log.tail_offset(count)).decode(errors="replace")
@@ -97,7 +97,7 @@ class LogFile:
             return content
 
     def tail_offset(self, lines: int) -> int:
-        """Return the offset at which the last `lines` lines begin, or the first available offset if the log is shorter."""
+        """Return the offset of the last `lines` lines. If the log is shorter, return the first available offset."""
         start, end = self.range()
         at = end
         while at > start and lines:
@@ -123,7 +123,7 @@ class LogFile:
             yield
 
     def _old_part(self) -> tuple[Path | None, int]:
-        """Return the second file (None if it does not exist), and the log offset of the first byte of the log file."""
+        """Return the second file (None if it does not exist), and the offset in the log at which `self.path` begins."""
         begins = {}
         for path in self.path.parent.glob(f"{self.path.name}.*"):
             if (number := path.name.removeprefix(f"{self.path.name}.")).isdecimal():

@@ -28,7 +28,7 @@ __all__ = ["ProcessIdentity", "ProcessSpec", "claimed_lock", "describe_exit", "e
 LOCK_FD_VARIABLE = "SAGE_LOCK_FD"
 _LOCK_PATH_VARIABLE = "SAGE_LOCK_PATH"
 
-#: Seconds for which `try_lock` retries, because `holder` takes the lock for a moment when it looks for a process.
+#: `try_lock` retries for this number of seconds, because a call of `holder` also takes the lock for a moment.
 _PROBE_SECONDS = 0.1
 #: Maximum seconds to wait for the exit code of a child whose lock is already free.
 _COLLECT_SECONDS = 1.0
@@ -84,7 +84,7 @@ def write_identity(descriptor: int) -> ProcessIdentity:
 
 
 def spawn(spec: ProcessSpec) -> ProcessIdentity:
-    """Start a detached process that holds the lock `spec.lock_path`, in a new session.
+    """Start a detached process in a new session. The process holds the lock `spec.lock_path`.
 
     Raises Conflict if a process already holds the lock, and OSError if the new process cannot be started.
     """
@@ -94,7 +94,7 @@ def spawn(spec: ProcessSpec) -> ProcessIdentity:
 
 @contextlib.contextmanager
 def claimed_lock(path: Path) -> Iterator[int]:
-    """Take a lock for a process to be started; yield the lock's descriptor. Raises Conflict if the lock is held."""
+    """Take a lock that a new process can inherit; yield the lock's descriptor. Raises Conflict if the lock is held."""
     descriptor = try_lock(path)
     if descriptor is None:
         raise Conflict(code="already_running", message=f"A running process already holds the lock {path}.")
@@ -147,7 +147,10 @@ def _blocked_sigterm(block: bool) -> Iterator[None]:
 
 
 def holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process that holds the lock, or None if the lock is free. If the holder cannot be found, its PID is 0."""
+    """Return the process that holds the lock, or None if the lock is free.
+
+    If a process holds the lock but cannot be found, the returned PID is 0.
+    """
     _collect(lock_path)  # otherwise a child that has exited would stay a zombie
     try:
         descriptor = os.open(lock_path, os.O_RDONLY | os.O_CLOEXEC)
@@ -166,10 +169,10 @@ def holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessIdentity]:
-    """Return the process of each of these locks, according to the environment variables of all processes.
+    """Return the running processes that `start` has started with the given lock paths. Keys: lock paths.
 
-    This search is slow, but it needs no lock files. If several processes have the same lock, the oldest process is returned:
-    the others are its descendants.
+    This function reads the environment variables of all processes. It is slow, but needs no lock files. If several processes
+    have the same lock path, the result contains the oldest process: the other processes are its descendants.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, tuple[float, ProcessIdentity]]()
     for pid in psutil.pids() if wanted else ():
@@ -182,7 +185,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
 
 
 def last_holder(lock_path: Path) -> ProcessIdentity | None:
-    """Return the process whose identity is in the lock file, even if the process has exited; None without an identity."""
+    """Return the process that the lock file names, even if the process has exited; None if the file names no process."""
     try:
         with lock_path.open("rb") as file:
             return _read(file.fileno())
@@ -191,7 +194,10 @@ def last_holder(lock_path: Path) -> ProcessIdentity | None:
 
 
 def leftovers(lock_path: Path) -> list[int]:
-    """Return the PIDs of the processes that an exited lock holder left in its session; [] if it is alive or unknown."""
+    """Return the PIDs of processes that the last holder of a lock started, and that still run in the holder's session.
+
+    The result is [] if this holder is alive, or if the lock file names no process.
+    """
     recorded = last_holder(lock_path)
     if recorded is None or recorded.is_alive():
         return []
@@ -231,7 +237,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    with contextlib.suppress(psutil.Error):  # an OSError is not suppressed, because the process possibly holds a lock
+    with contextlib.suppress(psutil.Error):  # an OSError is not suppressed: "" would mean that there is no lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

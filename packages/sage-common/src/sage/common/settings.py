@@ -24,7 +24,8 @@ from sage.common.validation import config_error
 DATABASE = "engines.db"
 #: Settings whose values are never printed.
 _SECRETS = frozenset({"api_key", "database_url", "webhook_urls", "webhook_secret"})
-#: Allowed lengths of `webhook_secret`. Source: Standard Webhooks, specification 1.0.0, "Signature scheme".
+#: Minimum and maximum length of the key in `webhook_secret`.
+#: Source: Standard Webhooks, specification 1.0.0, "Signature scheme".
 _WEBHOOK_KEY_BYTES = (24, 64)
 
 
@@ -64,7 +65,7 @@ class Settings(BaseSettings):
         None, gt=0, description="Main memory that all engines together may use, in GB (10^9 bytes); default: all of it."
     )
     fake_devices: str | None = Field(
-        None, description="Fake GPUs that replace this machine's GPUs to try scheduling, for example 2x24GiB."
+        None, description="Fake GPUs to try scheduling, for example 2x24GiB; they replace this machine's GPUs."
     )
     paused_requests: Literal["hold", "reject"] = Field(
         "hold",

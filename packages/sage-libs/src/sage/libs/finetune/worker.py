@@ -33,7 +33,8 @@ from sage.libs.models.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 #: If fewer bytes than this are free on the disk when an error occurs, the error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: Seconds that a failed additional process waits before it checks whether the main process still runs.
+#: A run on several devices has one process per device. If a process other than the main process fails, it waits for this
+#: number of seconds, and then checks whether the main process still runs.
 _LEADER_SECONDS = 1.0
 
 
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
         spec = run.read_spec()
         claim_output(Path(spec.config.output_dir), spec.task_id, run.path)
         _train(run, stop)
-        with contextlib.suppress(OSError):  # the run is valid without a summary, which only makes reading the status faster
+        with contextlib.suppress(OSError):  # the summary is optional: it only makes reading the status faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         if is_out_of_memory(error) and not stop.requested:
@@ -88,7 +89,7 @@ def _follow(run: RunDirectory) -> int:
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
         if is_out_of_memory(error):
             logger.error("%s", first_line(error))
-            os._exit(OUT_OF_MEMORY_EXIT)  # a normal exit would wait for the messages of the other processes
+            os._exit(OUT_OF_MEMORY_EXIT)  # a normal exit would wait for the other processes
         time.sleep(_LEADER_SECONDS)
         if os.getppid() == leader:
             _fail(run, error)

@@ -25,7 +25,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class ModelKind(StrEnum):
-    """Kind of model, determined by its files."""
+    """Kind of a model."""
 
     FULL = "full"  #: config.json and safetensors
     ADAPTER = "adapter"  #: a PEFT adapter; `base` is its base model
@@ -39,7 +39,7 @@ class Packaged:
 
     package: str
     module: str
-    folder: str  #: path inside the module
+    folder: str  #: path of the weights' folder, relative to the module's folder
 
     def path(self) -> Path | None:
         """Return the folder with the weights, or None if the package is not installed."""
@@ -66,7 +66,7 @@ class ModelSource:
 def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
     """Find the model `name` and return its location.
 
-    base_dir: folder in which relative names are looked up first; None: only absolute paths are treated as folders.
+    base_dir: folder in which relative paths and names are looked up first; None: a path must be absolute.
     Raises ModelNotFound if the model is not found, and ModelError if the folder has no valid model.
     """
     return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
@@ -118,9 +118,9 @@ def _not_found(name: str, tried: list[str], packaged: Packaged | None) -> ModelN
 
 
 def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
-    """Check the files of the model in a folder and return its location; weights are not read.
+    """Check the files of the model in a folder, without reading weights. Return the location of the model.
 
-    Raises ModelError with the missing or invalid file in its message.
+    Raises ModelError if a file is missing or invalid; the message names this file.
     """
     if not os.access(folder, os.R_OK | os.X_OK):
         raise _invalid(folder, "cannot be read (Permission denied)")
@@ -177,7 +177,7 @@ def _check_shards(folder: Path) -> None:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: for each tensor name, `dtype`, `shape` and `data_offsets`.
+    """Return the header of a safetensors file. Keys: names of tensors. Values: `dtype`, `shape` and `data_offsets`.
 
     The file contains the length of the header (8 bytes), the header as JSON, and the data. Raises ModelError if the file is
     incomplete or damaged.

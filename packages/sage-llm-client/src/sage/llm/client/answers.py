@@ -59,7 +59,8 @@ def raise_for_error(response: httpx.Response) -> None:
 def rebuild_error(error: dict[str, Any], http_status: int | None = None) -> SageError:
     """Return the SageError for an error object in OpenAI's format."""
     code, hint = error.get("code") or "unknown", error.get("hint") or ""
-    message = error["message"].removesuffix(hint).rstrip()  # the gateway appends the hint, for clients that show no hints
+    # The gateway appends the hint to the message, because some clients show only the message.
+    message = error["message"].removesuffix(hint).rstrip()
     return error_class(code, http_status)(code=code, message=message, hint=hint, param=error.get("param"))
 
 

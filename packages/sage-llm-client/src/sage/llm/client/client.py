@@ -101,7 +101,10 @@ class SageClient:
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine frees its memory until a user resumes it. A training run first saves a checkpoint."""
+        """Request that an engine is paused: it frees its memory, and stays paused until a user resumes it.
+
+        A training run first saves a checkpoint.
+        """
         return self._send(calls.pause(engine_id))
 
     def queue(self) -> list[EngineView]:
@@ -109,7 +112,7 @@ class SageClient:
         return self._send(calls.queue())
 
     def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows."""
+        """Move a waiting engine to `position` in the queue (from 1). The engine's priority can limit the move."""
         return self._send(calls.move(engine_id, position))
 
     def resume_engine(self, engine_id: str) -> EngineView:
@@ -149,7 +152,7 @@ class SageClient:
         yield from self._follow(lambda: calls.follow_logs(engine_id, tail, reader.offset), reader, patience_seconds)
 
     def get_events(self, engine_id: str) -> list[EngineEvent]:
-        """Return the events of one engine so far, oldest first."""
+        """Return the past events of one engine, oldest first."""
         reader = streams.EventReader()
         return list(self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0))
 
@@ -166,7 +169,10 @@ class SageClient:
         return self._send(calls.changes(after, limit))
 
     def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
-        """Yield the events of all engines after the position `after`, then each new event, without end."""
+        """Yield the events of all engines after the event with the id `after`, then each new event.
+
+        The iterator never ends. If `after` is "latest", it yields only new events.
+        """
         cursor = self.changes(after).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         yield from self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds)

@@ -23,28 +23,28 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a certain model. Of the running engines of the requested kind, the one that was
-#: started last answers.
+#: Model name for requests that do not need a specific model. Such a request is sent to the most recently
+#: started engine of the requested kind.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
 
 def check_engine_name(name: str) -> str:
-    """Return `name`. Raises ValueError if an engine may not have this name."""
+    """Return `name`. Raises ValueError if `name` is not allowed as the name of an engine."""
     if not _NAME.fullmatch(name) or name == DEFAULT_MODEL:
         raise ValueError(f"must consist of letters, digits and ./@:+-_ and must not be {DEFAULT_MODEL!r}")
     return name
 
 
 class ServeRequest(BaseModel):
-    """How the result of a training run is served."""
+    """How the result and the checkpoints of a training run are served."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str | None = Field(
         None,
         max_length=200,
-        description="Model name in requests; default: the name of the run, or of its output folder if the run has no name.",
+        description="Model name in requests; default: the run's name, or the output folder's name if the run has no name.",
     )
     checkpoints: bool = Field(False, description="Serve the newest checkpoint while the run trains.")
 
@@ -149,7 +149,7 @@ class EngineView(BaseModel):
     priority: int = Field(0, description="Engines with a higher number are ahead in the queue.")
     not_before: datetime | None = Field(None, description="Earliest time to start the engine.")
     queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
-    devices: list[str] | None = Field(None, description="Devices of the engine's server; null if it has no server.")
+    devices: list[str] | None = Field(None, description="Devices of the engine's server; null if the engine has no server.")
     reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
     restarts: int = Field(
         0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
@@ -208,7 +208,7 @@ class EngineQueue(BaseModel):
 
 
 class EngineEvent(BaseModel):
-    """One event of the change feed. For later events, send the `id` of this event as `after`."""
+    """One event of the change feed. To read the events that follow, send the `id` of this event as `after`."""
 
     id: int
     engine_id: str
@@ -231,12 +231,12 @@ class EventPage(BaseModel):
 
 
 class DeviceEngine(BaseModel):
-    """The memory of an engine on a device. If engines share a server, the first of them stands for all."""
+    """The memory of an engine on a device. Of the engines that share a server, only the first is listed."""
 
     id: str
     name: str
     memory_bytes: int = Field(description="Memory that the engine's processes use; 0 if it cannot be measured.")
-    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null: none.")
+    reserved_bytes: int | None = Field(None, description="Memory reserved for the engine; null if no memory is reserved.")
 
 
 class Device(BaseModel):
@@ -266,7 +266,7 @@ class Device(BaseModel):
 
 
 class EstimateView(BaseModel):
-    """The memory that an engine is expected to need, and whether a device has it."""
+    """The memory that an engine is expected to need, and whether a device has enough free memory."""
 
     object: str = "estimate"
     model: str
@@ -279,11 +279,11 @@ class EstimateView(BaseModel):
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
     fitting_samples: int | None = Field(
         None,
-        description="For finetune: size of the largest micro-batch that fits in the free memory, in samples of "
-        "`max_seq_length` tokens.",
+        description="For finetune: maximum number of samples in a micro-batch that fits in the free memory, if each sample "
+        "has `max_seq_length` tokens.",
     )
     training_seconds: float | None = Field(
-        None, description="For finetune: expected duration of the steps, from the speed of an earlier run on this machine."
+        None, description="For finetune: expected duration of all steps, at the speed of an earlier run on this machine."
     )
 
 

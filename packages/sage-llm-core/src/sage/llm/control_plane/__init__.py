@@ -1,6 +1,6 @@
-"""The control plane: compares the desired and the actual state of each engine, and changes engines whose states differ.
+"""The control plane: compares the desired state of each engine with its actual state, and acts if the two states differ.
 
-`ControlPlaneManager` is the main class. It is imported only when a program uses it, because clients need only the types.
+The main class is `ControlPlaneManager`. This class is imported only when a program uses it, because clients need only types.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -45,12 +45,15 @@ class LeaseKeeper:
 
     @property
     def lease(self) -> Lease | None:
-        """The lease, or None if it is not held, or if the last renewal is too long ago, for example after a suspension."""
+        """The lease, or None if this control plane does not hold the lease.
+
+        Also None if the last renewal is too long ago, for example because the machine was suspended.
+        """
         is_fresh = uptime_seconds() - self._renewed_seconds < _USE * self._store.lease_seconds
         return self._held if is_fresh else None
 
     async def open(self) -> None:
-        """Register the node and try to acquire the lease. Until `close`, a task renews the lease or tries again."""
+        """Register the node and try to acquire the lease. Until `close`, a task tries to renew or acquire the lease."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._store.register_node, self._node, socket.gethostname())
         await self._step()

@@ -25,7 +25,7 @@ from sage.llm.control_plane.store.transitions import TransitionCounts
 
 _LABELS = ("engine", "kind", "model")
 _DEVICE_LABELS = ("node", "kind", "index")
-#: Name of the metric, its documentation, and the field of TrainingProgress.
+#: Each entry: name of the metric, documentation of the metric, and the field of TrainingProgress with the value.
 _TRAINING = (
     ("sage_training_progress_ratio", "Completed share of the optimizer steps.", "progress"),
     ("sage_training_step", "Completed optimizer steps.", "step"),
@@ -42,15 +42,15 @@ _TRAINING = (
 
 @dataclass(frozen=True)
 class Measured:
-    """The values of one scrape. Metrics of single engines are yielded only for the engines in `active`."""
+    """The values of one scrape. Metrics with the label `engine` are yielded only for the engines in `active`."""
 
     active: list[EngineView]  #: the engines that are not stopped, completed or failed
-    counts: Mapping[tuple[EngineKind, EngineState], int] = field(default_factory=dict)  #: engines by kind and state
+    counts: Mapping[tuple[EngineKind, EngineState], int] = field(default_factory=dict)  #: engine counts, by kind and state
     waiting: list[EngineView] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
-    tokens: Mapping[str, Tokens] = field(default_factory=dict)  #: by engine id
-    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  #: by engine id
-    in_progress: Mapping[str, int] = field(default_factory=dict)  #: requests by engine id
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)  #: tokens of prompts and answers, by engine id
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  #: CPU time, by engine id
+    in_progress: Mapping[str, int] = field(default_factory=dict)  #: number of requests, by engine id
     request_times: RequestTimes = field(default_factory=RequestTimes)
     transitions: TransitionCounts = field(default_factory=TransitionCounts)
 
@@ -58,7 +58,7 @@ class Measured:
 def all_metrics(measured: Measured, *, is_active: bool, folders: Mapping[str, Path]) -> Iterator[Metric]:
     """Yield all metrics. This function blocks, because it measures the disks.
 
-    is_active: whether this control plane holds the lease.  folders: folders on the disks to measure, by label.
+    is_active: whether this control plane holds the lease.  folders: maps each label to a folder on the disk to measure.
     """
     yield InfoMetricFamily("sage_build", "The version of SAGE.", {"version": version("sage-llm-core")})
     yield GaugeMetricFamily("sage_gateway_active", "1 if this gateway manages its node, 0 on standby.", value=is_active)
@@ -93,17 +93,21 @@ def _state_metrics(measured: Measured) -> Iterator[Metric]:
     yield GaugeMetricFamily("sage_queue_engines", "Number of engines that wait to start.", value=len(waits_seconds))
     yield GaugeMetricFamily(
         "sage_queue_oldest_wait_seconds",
-        "Waiting time of the engine that has waited longest; 0 if none waits.",
+        "Waiting time of the engine that has waited longest; 0 if no engine waits.",
         value=max([0.0, *waits_seconds]),
     )
 
 
 def _engine_metrics(measured: Measured) -> Iterator[Metric]:
-    state = GaugeMetricFamily("sage_engine_state", "State of an engine as a label; always 1.", labels=(*_LABELS, "state"))
+    state = GaugeMetricFamily(
+        "sage_engine_state", "State of an engine, in the label `state`; the value is 1.", labels=(*_LABELS, "state")
+    )
     memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
     gpus = GaugeMetricFamily("sage_engine_gpus", "Number of GPUs that an engine uses.", labels=_LABELS)
     restarts = CounterMetricFamily(
-        "sage_engine_restarts", "Automatic restarts since a user last started the engine.", labels=_LABELS
+        "sage_engine_restarts",
+        "Automatic restarts since a user started or resumed the engine, or since it last ran for 10 minutes.",
+        labels=_LABELS,
     )
     cpu = CounterMetricFamily("sage_engine_cpu_seconds", "CPU time of the processes of an engine.", labels=_LABELS)
     for engine in measured.active:
@@ -153,7 +157,7 @@ def _training_metrics(active: list[EngineView]) -> Iterator[Metric]:
 
 
 def device_metrics(devices: Iterable[Device]) -> Iterator[Metric]:
-    """Yield the metrics of devices; the kind of a fake device is `fake`."""
+    """Yield the metrics of devices. For a fake device, the label `kind` is `fake`."""
     used = GaugeMetricFamily("sage_device_memory_used_bytes", "Used memory of a device.", labels=_DEVICE_LABELS)
     total = GaugeMetricFamily("sage_device_memory_total_bytes", "Memory of a device.", labels=_DEVICE_LABELS)
     load = GaugeMetricFamily("sage_device_utilization_ratio", "Load of a device, 0 to 1.", labels=_DEVICE_LABELS)

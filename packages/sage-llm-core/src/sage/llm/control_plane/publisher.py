@@ -1,4 +1,4 @@
-"""Publish training runs: start an engine that serves a run's checkpoints or result, and load newer versions into it."""
+"""Publish training runs: start engines that serve a run's checkpoints or result, and load newer versions into them."""
 
 import asyncio
 import functools
@@ -27,7 +27,7 @@ _RETRY_SECONDS = 60.0
 
 
 class Publisher:
-    """Executes the action Publish, which can be repeated."""
+    """Executes the action Publish. An action that failed can be executed again."""
 
     def __init__(
         self,
@@ -39,13 +39,13 @@ class Publisher:
     ) -> None:
         self._store, self._pool, self._executors = store, pool, executors
         self._routing, self._write = routing, write
-        self._failing: dict[str, float] = {}  #: by run id: time.monotonic() when publishing its result first failed
+        self._failing: dict[str, float] = {}  #: by run id: time.monotonic() of the first failure to publish the result
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        If this method raises StaleWrite or OSError, the caller must call it again. If serving a result fails with
-        OSError for a minute, the result is given up without an error, so that the run can end.
+        If this method raises StaleWrite or OSError, the caller must call it again. If the result still cannot be served
+        a minute after the first OSError, the method logs a warning instead, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -62,7 +62,7 @@ class Publisher:
             else:
                 await self._replace(engine, model, is_result=step is None)
                 await self._revise(run, serve=serve.published(step, engine.id).model_dump())
-        except (SageError, ValueError) as error:  # ValueError: the path is not allowed as a model's name
+        except (SageError, ValueError) as error:  # ValueError: the folder's path is not allowed as the name of a model
             await self._give_up(run, serve, step, error)
         except OSError as error:
             if step is not None or not self._has_failed_for_long(run):
@@ -96,7 +96,7 @@ class Publisher:
     async def _start(
         self, run: EngineRecord, serve: ServedRun, model: str, step: int | None, replaced: EngineRecord | None
     ) -> None:
-        """Create an engine that serves the run and stop the engine `replaced`, in one transaction."""
+        """Create an engine that serves the run. In the same transaction, request that the engine `replaced` stops."""
         engine_id = f"engine-{random_suffix()}"
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)

@@ -31,10 +31,11 @@ class Waiting:
     _view: Callable[[EngineRecord, ServerRecord | None], Awaitable[EngineView]]
 
     async def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine frees its memory until a user resumes it, and return the engine at once.
+        """Request that an engine is paused, and return the engine at once.
 
-        An inference engine first answers its open requests. A training run first saves a checkpoint. Raises Conflict
-        if the engine is settled, is being stopped or is being validated.
+        An inference engine first answers its open requests. A training run first saves a checkpoint. The engine then
+        frees its memory, and stays paused until a user resumes it. Raises Conflict if the engine is settled, is being
+        stopped or is being validated.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -55,7 +56,7 @@ class Waiting:
         return [await self._view(engine, None) for engine in await self._waiting()]
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows.
+        """Move a waiting engine to `position` in the queue (from 1). The engine's priority can limit the move.
 
         Raises Conflict if the engine does not wait.
         """

@@ -43,7 +43,7 @@ class Chooser:
         return self._is_greedy and not self.adjustments
 
     def choose(self, answer: list[int], logits: Tensor) -> int:
-        """Return the next token.  answer: the tokens so far.  logits: (vocab_size,), not changed."""
+        """Return the next token.  answer: the previous tokens of the answer.  logits: (vocab_size,); not modified."""
         if self.adjustments:
             logits = logits.to(torch.float32, copy=True)  # in bf16, rounding could remove small penalties
             for adjust in self.adjustments:
@@ -67,7 +67,7 @@ class Chooser:
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the smallest set of most likely tokens whose total probability reaches `top_p`."""
+    """Return probabilities and ids of the smallest set of most likely tokens whose total probability reaches `top_p`."""
     count = _NUCLEUS_TOKENS
     while True:
         best, tokens = probabilities.topk(min(count, len(probabilities)))

@@ -12,7 +12,7 @@ _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class TextDecoder:
-    """Decodes tokens one by one. The returned texts together equal the text of all tokens decoded at once.
+    """Decodes tokens one by one. If the returned texts are joined, the result equals the text of the whole token sequence.
 
     A token cannot be decoded alone. A character can consist of several byte tokens, and SentencePiece tokenizers remove a
     space at the beginning of a text.

@@ -20,8 +20,8 @@ _FP32_BYTES = 4
 def serving_folder(source: ModelSource) -> Path:
     """Return a folder in `cache_dir/vllm` from which vLLM can serve a model. Create the folder if it does not exist.
 
-    The folder has the same template and end tokens that SAGE's own server uses. An adapter is merged into its base
-    model. For other models, the weight files are symbolic links. Raises SageError.
+    The folder contains the chat template and the end tokens that SAGE's own server also uses. An adapter is merged into
+    its base model. For other models, the weight files are symbolic links. Raises SageError.
     """
     from sage.libs.models.conversion import with_downloads
     from sage.libs.models.export.weights import write_dense
@@ -70,7 +70,7 @@ def _write_links(origin: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Replace this process with the server. On a SageError, print it as the last line of the log, and exit with code 1."""
+    """Replace this process with the server. If this fails, print the SageError as the last line and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--interpreter", required=True, help="Python interpreter of vLLM's environment.")

@@ -37,9 +37,9 @@ def publish_address(settings: Settings) -> None:
 
 
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
-    """Publish the address each time this gateway becomes active.
+    """Publish the address of this gateway each time the gateway becomes active.
 
-    standby: whether this gateway was started with `--standby`. If so, it takes the gateway lock as soon as the lock is
+    standby: whether this gateway was started with `--standby`. A standby takes the gateway lock as soon as the lock is
     free.
     """
     has_lock, was_active = not standby, not standby

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of inference requests. They are on if an OTLP endpoint is set and the SDK is installed."""
+"""OpenTelemetry traces of inference requests. Tracing is on if an OTLP endpoint is set and the SDK is installed."""
 
 import logging
 import os
@@ -9,13 +9,13 @@ from sage.llm.gateway.proxy import EngineProxy
 
 logger = logging.getLogger(__name__)
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-#: Maximum duration of an export. When the gateway exits, it exports the remaining spans, and waits for the endpoint up to
-#: this time.
+#: Maximum duration of an export. The exit of the gateway is delayed by at most this time, because the gateway first exports
+#: the remaining spans.
 _EXPORT_SECONDS = 2
 
 
 def traced_proxy(manager: ControlPlaneManager, settings: Settings) -> EngineProxy:
-    """Return a proxy with traces if they are on, otherwise a proxy without traces."""
+    """Return a proxy that records traces if tracing is on; otherwise a proxy without traces."""
     if not any(map(os.environ.get, _ENDPOINTS)):
         return EngineProxy(manager, settings)
     try:

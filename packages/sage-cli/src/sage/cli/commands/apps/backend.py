@@ -82,7 +82,7 @@ def benchmark(
     max_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer, in tokens.")] = 64,
     json_: Json = False,
 ) -> None:
-    """Measure the speed of each installed backend (takes minutes). New engines without --backend use the fastest."""
+    """Measure the speed of each installed backend (takes minutes). New engines without --backend use the fastest backend."""
     from sage.cli import extras
 
     extras.require("sage.llm.control_plane", "A benchmark of this machine")

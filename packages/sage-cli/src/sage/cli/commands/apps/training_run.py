@@ -23,7 +23,10 @@ def update(
     early_stopping_patience: Patience = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the run uses the new options.")] = True,
 ) -> None:
-    """Change options of a training run from its next step on. A run without a process changes them when it is resumed."""
+    """Change options of a training run from its next step on.
+
+    If the run has no process, the options change when the run is resumed.
+    """
     from sage.cli import daemon, waiting
 
     given = {"learning_rate": learning_rate, "max_steps": max_steps, "early_stopping_patience": early_stopping_patience}
@@ -41,7 +44,7 @@ def fork(
     engine_id: EngineId,
     output: Annotated[str, typer.Option(help="Folder to write the result to.")],
     step: Annotated[int | None, typer.Option(min=1, help="Step of the checkpoint; default: the newest one.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the new engine; default: that of ENGINE.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new engine; default: the name of ENGINE.")] = None,
     learning_rate: LearningRate = None,
     lr_scheduler: Annotated[str | None, typer.Option(help="Schedule of the learning rate.")] = None,
     max_steps: MaxSteps = None,
@@ -54,7 +57,7 @@ def fork(
 ) -> None:
     """Start a training run that continues from a checkpoint of another run, and print its id.
 
-    Options that are omitted are those of the other run.
+    Options that are omitted have the same values as in the other run.
     """
     from sage.cli import daemon
     from sage.cli.starting import absolute_path, follow_start

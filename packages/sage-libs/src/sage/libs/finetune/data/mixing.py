@@ -30,9 +30,9 @@ class Mixture(Sequence[Encoded]):
 
 
 def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
-    """Repeat the samples `weight` times. With weight 2.5, a random half of the samples is used three times instead of two.
+    """Repeat the samples `weight` times. For weight 2.5, each sample is used twice, and half of the samples a third time.
 
-    seed: seed of this random choice.
+    seed: seed of the random choice of this half.
     """
     if weight == 1:
         return samples

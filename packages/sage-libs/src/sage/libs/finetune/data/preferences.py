@@ -22,14 +22,14 @@ from sage.libs.finetune.data.values import RecordError, check_encodable, kind_of
 Row = dict[str, Any]
 #: Training method: supervised fine-tuning, or one of TRL's methods.
 Method = Literal["sft", "dpo", "orpo", "kto", "grpo"]
-#: Fields that contain a whole conversation, with or without the answer, as in LLaMA-Factory.
+#: Fields that contain a whole conversation, with or without the answer. LLaMA-Factory uses the same fields.
 _CONVERSATIONS = ("conversations", "messages")
 _ASKED = ("instruction", "input", "history")
 _PROMPT_HINT = "Add a prompt, or begin both answers with the same messages."
 
 
 def parser_of(method: Method) -> Callable[[Any], Parsed]:
-    """Return the function that parses records for a training method, and raises RecordError for invalid records."""
+    """Return the parser for the records of a training method. The parser raises RecordError for invalid records."""
     match method:
         case "sft":
             return parse_record
@@ -61,7 +61,7 @@ def _pair(record: Record, method: Method, *tools: str) -> Parsed:
     row: Row = {"prompt": context, **{name: _answer(answer[shared:], name) for name, answer in answers.items()}}
     if row["chosen"] == row["rejected"]:
         raise RecordError("'chosen' and 'rejected' are equal, so there is nothing to learn.")
-    # `messages` is listed as used, because some records with a prompt repeat the prompt and the chosen answer in `messages`.
+    # `messages` is not reported as ignored, because in some datasets it only repeats the prompt and the chosen answer.
     return _parsed("preference_pair", row, record, ("chosen", "rejected", "messages", *fields), tools)
 
 
@@ -110,7 +110,7 @@ def _require(record: Record, method: Method, *fields: str) -> None:
 
 
 def _common_length(chosen: list[Message], rejected: list[Message]) -> int:
-    """Return the number of equal messages at the beginning of two answers, never counting an answer's last message."""
+    """Return how many messages at the beginning of two answers are equal. The last message of an answer never counts."""
     alike = 0
     while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
         alike += 1
@@ -137,5 +137,5 @@ def _not_empty(messages: list[Message], where: str) -> list[Message]:
 
 def _parsed(name: str, row: Row, record: Record, fields: tuple[str, ...], tools: tuple[str, ...]) -> Parsed:
     if tools and (found := tools_of(record)):
-        row["tools"] = json.dumps(found)  # JSON text, because a struct column would add null keys
+        row["tools"] = json.dumps(found)  # as JSON text: a struct column would add null values for missing keys
     return Parsed(name, row, ignored_fields(record, {*fields, *tools}))

@@ -1,8 +1,8 @@
 """Tokenized datasets on disk. Samples are read one by one, so that the needed memory does not depend on the dataset's size.
 
-tokens.bin   token ids of all sequences, concatenated, as 32-bit integers; a token t without loss is stored as -1 - t
+tokens.bin   concatenated token ids of all sequences, as 32-bit integers; a token t that the loss ignores is stored as -1 - t
 bounds.bin   index of the first token of each sequence, followed by the total number of tokens, as 64-bit integers
-facts.json   TokenizationStats
+facts.json   the fields of TokenizationStats
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 _VERSION = 2
 _PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
-#: Seconds without a write after which an incomplete folder is removed, because the writing process has probably crashed.
+#: If an incomplete folder was not changed for this number of seconds, it is removed: its writer has probably crashed.
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIAL = ".partial-"
 #: A function that is called regularly with a description of the progress. If the function raises an exception, reading ends.
@@ -174,7 +174,7 @@ def _publish(aside: Path, folder: Path) -> StoredSamples:
 
 
 def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield the samples until the first fault. Further faults are collected, and DatasetError is raised at the end."""
+    """Yield the samples before the first fault. Raises DatasetError after the last sample if there were faults."""
     for sample in read_samples(report):
         if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")

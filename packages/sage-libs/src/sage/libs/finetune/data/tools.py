@@ -18,7 +18,7 @@ _KNOWN = {"id", "type", "index", "function", "name", "arguments"}
 
 
 def tools_of(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the tools of a record (`tools`, or OpenAI's older `functions`), or None."""
+    """Return the tools in the field `tools`, or in `functions` of OpenAI's older format; None if the record has no tools."""
     field = "tools" if unpacked(record.get("tools")) else "functions"
     tools = unpacked(record.get(field))
     if not tools:
@@ -53,7 +53,7 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
 
 
 def called_functions(value: Any, where: str, ignored: list[str]) -> list[Call]:
-    """Parse a list of calls, or a single call: an object with name and arguments."""
+    """Return the calls in `value`. `value` is a list of calls or a single call, possibly as JSON text."""
     if isinstance(value, str):
         value = decoded(value, where, 'Write {"name": ..., "arguments": {...}}, or a list of such objects.')
     calls = value if isinstance(value, list) else [value]
@@ -82,7 +82,7 @@ def _call(call: Any, where: str, ignored: list[str]) -> Call:
 
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Return a call's arguments, which can be JSON text, as the object that chat templates expect."""
+    """Return a call's arguments as the object that chat templates expect. JSON text is parsed."""
     if isinstance(arguments, str):
         arguments = decoded(arguments, where, "Write the arguments as an object.") if arguments.strip() else {}
     if arguments is None:

@@ -13,7 +13,7 @@ class ProgressMeter:
     """
 
     def __init__(self, remaining_steps: int, closing_seconds: float = 0.0) -> None:
-        """remaining_steps: steps left to train.  closing_seconds: expected seconds of remaining work other than steps."""
+        """remaining_steps: steps left to train.  closing_seconds: expected duration of the remaining evaluations."""
         self.remaining_steps = remaining_steps
         self.closing_seconds = closing_seconds
         self._steps = 0

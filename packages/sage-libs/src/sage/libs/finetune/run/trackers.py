@@ -7,7 +7,7 @@ from typing import Literal
 from sage.common.errors import ConfigError
 
 Tracker = Literal["tensorboard", "mlflow", "trackio", "wandb"]
-#: The packages of each tracker; one of them must be installed. The first is the one to install.
+#: The packages for each tracker. One of these packages must be installed; an error recommends the first package.
 _PACKAGES: dict[Tracker, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "mlflow": ("mlflow",),
@@ -17,7 +17,7 @@ _PACKAGES: dict[Tracker, tuple[str, ...]] = {
 
 
 def check_trackers(trackers: Sequence[Tracker]) -> None:
-    """Raise ConfigError if the package of a tracker is not installed."""
+    """Raise ConfigError if no package of a tracker is installed."""
     for tracker in trackers:
         packages = _PACKAGES[tracker]
         if not any(importlib.util.find_spec(package) for package in packages):

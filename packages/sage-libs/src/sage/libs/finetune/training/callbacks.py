@@ -59,7 +59,8 @@ class RunCallback(TrainerCallback):
         save_steps: steps between two checkpoints.
         keep_checkpoints: number of newest checkpoints to keep.  keep_best: also keep the best checkpoint.
         trusted: steps of the checkpoints that this process has verified; steps of new checkpoints are added to the set.
-        measure: returns the held-out loss after a step.  started_fields: returns fields of the event `started`.
+        measure: function that measures the held-out loss after a step.
+        started_fields: function that returns fields of the event `started`.
         """
         self.trusted, self.changes = trusted, changes
         self.run, self.loss, self.stop, self.team, self.tokenizer = run, loss, stop, team, tokenizer
@@ -90,7 +91,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, lr_scheduler: LambdaLR, **_: Any
     ) -> TrainerControl:
-        """Use changed options. Save a checkpoint every `save_steps` steps, on request, at the end, and before a stop."""
+        """Apply requested option changes. Save a checkpoint every `save_steps` steps, on request, and when training ends."""
         if state.global_step % _TRIM_STEPS == 0:
             trim_heap()
         is_requested, ends, event = False, self.stop.requested, None
@@ -104,7 +105,7 @@ class RunCallback(TrainerCallback):
         ends, is_requested, event = self.team.broadcast((ends, is_requested, event))
         if not self.team.is_main_process:
             self.changes.apply(event, args, state, lr_scheduler)
-        self.meter.remaining_steps = state.max_steps - state.global_step + 1  # `on_log` counts this step
+        self.meter.remaining_steps = state.max_steps - state.global_step + 1  # `on_log` then subtracts this step
         control.should_training_stop |= ends
         control.should_save = control.should_training_stop or is_requested or state.global_step % self._save_steps == 0
         return control
@@ -117,11 +118,11 @@ class RunCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> TrainerControl:
-        """Append the event of one step, and measure the held-out loss if this is due.
+        """Append the event of one step, and measure the held-out loss if a measurement is due.
 
         Raises RunError if the training loss has diverged, or if the loss or the gradient is not finite.
         """
-        state.log_history.clear()  # the history grows with each step, and each checkpoint stores it
+        state.log_history.clear()  # the history grows with each step, and would be stored in each checkpoint
         if not logs or "loss" not in logs:  # without a loss, `logs` is the Trainer's summary after training
             return control
         now = time.monotonic()

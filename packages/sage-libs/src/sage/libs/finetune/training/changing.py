@@ -1,4 +1,4 @@
-"""Use changed options from the next step on, so that a resumed run repeats the change exactly."""
+"""Apply changes of options between two steps. The step of a change is recorded, so that a resumed run repeats the change."""
 
 import sys
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class UnboundedEpochs(Trainer):
     """A Trainer that ends at `state.max_steps`, which can grow during the training. The number of epochs has no limit."""
 
     def set_initial_training_values(self, *arguments: Any, **options: Any) -> tuple[Any, ...]:
-        """Return the Trainer's values with another number of epochs, which is the first value."""
+        """Return the Trainer's values. The first value, the number of epochs, is replaced by `sys.maxsize`."""
         return (sys.maxsize, *super().set_initial_training_values(*arguments, **options)[1:])
 
 
@@ -45,7 +45,7 @@ class OptionChanges:
         self._use(self.options, arguments, state, scheduler)
 
     def requested(self, arguments: TrainingArguments, state: TrainerState, scheduler: LambdaLR) -> ChangedEvent | None:
-        """If a change was requested, append its event, and return the event. The change is not used yet."""
+        """If there is a new request, append a ChangedEvent to the run and return the event. Do not apply the change yet."""
         if state.global_step >= state.max_steps:
             return None  # no step is left
         request, last = self._reader.read(), max((change.revision for change in self._recorded), default=0)
@@ -69,7 +69,7 @@ class OptionChanges:
     def apply(
         self, event: ChangedEvent | None, arguments: TrainingArguments, state: TrainerState, scheduler: LambdaLR
     ) -> None:
-        """Add a new change, if there is one, and use the options of the next step."""
+        """Add `event` to the recorded changes if it is not None. Then apply the options of the next step."""
         if event:
             self._recorded.append(event)
         options = self.options_after(state.global_step)
@@ -90,7 +90,7 @@ class OptionChanges:
 
 
 def factor_of(arguments: TrainingArguments, max_steps: int) -> Any:
-    """Return the schedule of the learning rate, as a function from the number of completed steps to a factor."""
+    """Return the schedule of the learning rate: a function that maps the number of completed steps to a factor."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     warmup = arguments.get_warmup_steps(max_steps)
     return get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, max_steps).lr_lambdas[0]
@@ -110,7 +110,6 @@ def reschedule(scheduler: LambdaLR, factor: Any, learning_rate: float) -> None:
 def _message(
     old: TrainingOptions, new: TrainingOptions, arguments: TrainingArguments, scheduler: LambdaLR, step: int
 ) -> str:
-    """Return the text of a change for users."""
     names = new.model_dump(exclude_none=True)
     if not names:
         return "The run already uses the requested options."

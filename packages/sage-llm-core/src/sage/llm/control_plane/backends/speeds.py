@@ -18,7 +18,7 @@ class Speeds:
     processor: str
     model: str
     date: str
-    tokens_per_second: Mapping[str, float]  #: by backend, with 16 concurrent requests
+    tokens_per_second: Mapping[str, float]  #: speed of each backend with 16 concurrent requests
 
 
 def _file() -> Path:

@@ -1,6 +1,7 @@
-"""Send GET requests to inference servers with little CPU time, because the gateway sends them every second.
+"""Send GET requests to inference servers. The gateway sends such a request to each server every second.
 
-A request with httpx needs about ten times as much CPU time. Meanwhile, the event loop forwards no other requests.
+A request with httpx would need about ten times as much CPU time. During this time, the event loop could not
+forward other requests.
 """
 
 import asyncio
@@ -37,14 +38,17 @@ async def get(address: str, path: str, headers: Mapping[str, str]) -> tuple[int,
 
 
 def _is_complete(received: bytearray) -> bool:
-    """Return whether an answer with a Content-Length is complete. Other answers end when the server disconnects."""
+    """Return whether an answer with the header Content-Length is complete.
+
+    Return False for other answers, because they end when the server disconnects.
+    """
     head, separator, body = received.partition(b"\r\n\r\n")
     length = _CONTENT_LENGTH.search(head) if separator else None
     return length is not None and len(body) >= int(length[1])
 
 
 class _Received:
-    """Bytes with the method of a socket that http.client needs."""
+    """Received bytes with the method `makefile`, the only method of a socket that http.client calls."""
 
     def __init__(self, content: bytes) -> None:
         self._content = content

@@ -1,4 +1,4 @@
-"""FastAPI dependencies. They pass objects of the application's state to the functions of routes."""
+"""FastAPI dependencies. They pass objects from the application's state to the functions that handle requests."""
 
 from typing import Annotated
 

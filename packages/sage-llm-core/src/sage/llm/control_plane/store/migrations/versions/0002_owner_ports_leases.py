@@ -1,4 +1,4 @@
-"""Add the table `owner`, allow at most one active engine per port, and store in a lease which process holds it.
+"""Add the table `owner`, allow at most one active engine per port, and store in each lease which process holds the lease.
 
 Revision ID: 0002
 """

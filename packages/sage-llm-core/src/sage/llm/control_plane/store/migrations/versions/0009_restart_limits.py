@@ -1,4 +1,4 @@
-"""Add the limit of restarts of an engine, and the point at which a training run crashed last.
+"""Add the limit of restarts of an engine, and the point at which a training run last crashed.
 
 Revision ID: 0009
 """
@@ -11,6 +11,5 @@ down_revision = "0008"
 
 
 def upgrade() -> None:
-    """Add columns."""
     op.add_column("engines", sa.Column("max_restarts", sa.Integer(), nullable=False, server_default="5"))
     op.add_column("engines", sa.Column("last_crash", sa.String()))
