@@ -38,7 +38,7 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Maximum seconds to wait for a worker to exit after the last event of its run.
 _EXIT_SECONDS = 10.0
-#: Maximum number of samples per dataset that `create` checks; the worker checks all samples.
+#: `create` checks at most this number of samples of each dataset. The worker checks all samples.
 _CHECKED_SAMPLES = 20_000
 _KEPT_SERIES = 16
 #: glibc settings that keep the memory of freed tensors. By default, glibc returns large blocks to the kernel, and the kernel

@@ -110,7 +110,7 @@ class Team:
         self._watch(self._check_others)
 
     def _check_others(self) -> None:
-        """Exit if another process has failed. Otherwise the next training step would wait for this process forever."""
+        """Exit if another process has failed, because the next training step would wait for that process forever."""
         with self._checking:  # two threads call this, and only one of them must report a failure
             for process in self._others:
                 if (code := process.poll()) and self._others:  # `close` empties the list before killing the processes

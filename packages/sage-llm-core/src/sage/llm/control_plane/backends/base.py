@@ -116,6 +116,8 @@ class ServingBackend(Backend, Protocol):
 
         context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.  tokens: for each
         model, the numbers of prompt tokens and completion tokens since the model was loaded.
+        threads: number of CPU threads, if this number can be changed.  is_active: whether the server has answered requests
+        in the last seconds.
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
