@@ -155,7 +155,7 @@ def test_a_run_without_enough_memory_continues_with_half_the_micro_batch(
     process = run.manager.process(run.task_id)
     run.completed()
     assert run.status.halvings == 1
-    assert run.status.warnings[-1].startswith("Out of memory: micro-batches now have 2 samples instead of 4")
+    assert run.status.warnings[-1].startswith("Out of memory: the micro-batch size is now 2 instead of 4")
     assert [event["step"] for event in run.events("started")] == [0, 2]
     assert [event["step"] for event in run.events("step")] == [1, 2, 3, 4]
     assert process

@@ -34,8 +34,8 @@ def test_after_the_smallest_micro_batch_activations_are_recomputed_and_then_noth
         status = fold(status, [saving])
         messages.append(saving.message)
     assert messages == [
-        "Out of memory: micro-batches now have 2 samples instead of 4, and a step has 6 of them.",
-        "Out of memory: micro-batches now have 1 samples instead of 2, and a step has 12 of them.",
+        "Out of memory: the micro-batch size is now 2 instead of 4, and a step has 6 micro-batches.",
+        "Out of memory: the micro-batch size is now 1 instead of 2, and a step has 12 micro-batches.",
         "Out of memory: enabling gradient checkpointing, which is slower.",
     ]
 

@@ -20,7 +20,10 @@ _SPECIAL_STYLE = "reverse"
 
 
 def raise_for_missing(report: DatasetReport, line: int | None) -> NoReturn:
-    """Raise DatasetError with the faults of the line or dataset, or with the message that there is no sample to show."""
+    """Raise DatasetError, because there is no sample to show. If faults are known, the error reports the faults.
+
+    line: report only the faults of this line; None: report all faults.
+    """
     report.faults = [fault for fault in report.faults if line in (None, fault.origin.line)]
     report.raise_for_faults()
     if line is None:

@@ -17,8 +17,8 @@ class Removal:
     """An engine that was selected to be deleted."""
 
     engine: EngineView
-    freed_bytes: int  #: size of the run directory
-    kept_because: str = ""  #: why the engine was not deleted; "" if it was deleted, or would be
+    freed_bytes: int  #: size of the run directory; 0 if the engine is kept
+    kept_because: str = ""  #: why the engine is kept; "" if the engine was or would be deleted
 
     def content(self) -> dict[str, Any]:
         """Return the removal as JSON content."""
@@ -27,8 +27,9 @@ class Removal:
 
 
 def prune(client: SageClient, *, older_than_days: float, unfinished: bool, dry_run: bool) -> list[Removal]:
-    """Delete the selected engines, oldest first, and return them. An engine that another one needs is kept.
+    """Delete the engines that `selected` returns, except engines that other engines need.
 
+    Returns the deleted and the kept engines, oldest first.
     unfinished: also delete training runs that are stopped or failed.  dry_run: delete nothing.
     """
     removals = []
@@ -37,7 +38,7 @@ def prune(client: SageClient, *, older_than_days: float, unfinished: bool, dry_r
         if not dry_run:
             try:
                 client.remove_engine(engine.id)
-            except NotFound:  # somebody else deleted it
+            except NotFound:  # another client has deleted the engine
                 continue
             except Conflict as error:
                 freed_bytes, kept_because = 0, error.message
@@ -46,7 +47,10 @@ def prune(client: SageClient, *, older_than_days: float, unfinished: bool, dry_r
 
 
 def selected(engines: Iterable[EngineView], older_than_days: float, *, unfinished: bool) -> list[EngineView]:
-    """Return the engines that ended at least this number of days ago."""
+    """Return the engines that ended at least `older_than_days` days ago.
+
+    unfinished: also return training runs that are stopped or failed.
+    """
     latest = datetime.now(UTC) - timedelta(days=older_than_days)
     return [engine for engine in engines if engine.state_at <= latest and (unfinished or not _is_resumable(engine))]
 

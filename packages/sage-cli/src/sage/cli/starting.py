@@ -53,7 +53,7 @@ def start_engine(
 
 
 def follow_start(client: SageClient, engine: EngineView, *, wait: bool | None, json: bool, announce: str = "{id}") -> None:
-    """Print the id of an engine that was created, and wait for the engine; arguments as in `start_engine`."""
+    """Print the id of an engine that was created, and wait for the engine. The arguments are those of `start_engine`."""
     if not json:
         typer.echo(announce.format(id=engine.id))
         sys.stdout.flush()
@@ -101,7 +101,7 @@ def admission_request(
 def start_time(text: str, now: datetime) -> datetime:
     """Parse HH:MM (the next time at which the clock shows HH:MM) or an ISO 8601 date and time. Raises ConfigError.
 
-    now: has a time zone, which applies if the text has none.
+    now: the current time with a time zone. This time zone applies if the text has no time zone.
     """
     try:
         if len(text) <= len("22:00"):
@@ -146,7 +146,10 @@ def _named(model: str, kind: str) -> dict[str, str]:
 
 
 def _confirmed(client: SageClient, engine: EngineView, begin_again: Callable[[], EngineView]) -> EngineView:
-    """Wait until the engine trains or has ended. If dataset warnings ended it and the user accepts them, start it again."""
+    """Wait until the engine trains or has ended.
+
+    If the engine ended because of dataset warnings, and the user accepts the warnings, replace the engine by a new engine.
+    """
     engine = waiting.until_begun(client, engine.id)
     if engine.state is not EngineState.FAILED or not engine.reason or engine.reason.code != "dataset_warnings":
         return engine

@@ -8,12 +8,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return the path, or the nearest of its parent folders that exists."""
+    """Return the path if it exists, or else the nearest parent folder that exists."""
     return next(each for each in (path, *path.parents) if each.exists())
 
 
 def free_bytes(path: Path) -> int:
-    """Return the free space of the disk on which a file or folder is, or would be created."""
+    """Return the number of free bytes on the disk of a file or folder, which need not exist."""
     return shutil.disk_usage(nearest_existing(path)).free
 
 

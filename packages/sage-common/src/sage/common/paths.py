@@ -18,7 +18,7 @@ class UserPaths:
 
     config_dir: Path  #: settings: `config.toml`
     data_dir: Path  #: data that must never be lost: models, run directories
-    state_dir: Path  #: the engines' database, locks and logs
+    state_dir: Path  #: the database of the engines, lock files and logs
     cache_dir: Path  #: data that can be created again
 
     @property

@@ -38,7 +38,7 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 
 #: Maximum seconds to wait for a worker to exit after the last event of its run.
 _EXIT_SECONDS = 10.0
-#: Maximum number of samples per dataset that `create` checks; the worker checks all samples.
+#: `create` checks at most this number of samples of each dataset. The worker checks all samples.
 _CHECKED_SAMPLES = 20_000
 _KEPT_SERIES = 16
 #: glibc settings that keep the memory of freed tensors. By default, glibc returns large blocks to the kernel, and the kernel
@@ -114,8 +114,10 @@ class FinetuneManager:
     def fork(self, parent_id: str, step: int | None, options: Mapping[str, Any], task_id: str | None = None) -> str:
         """Create a run that continues from a checkpoint of another run, and return the id of the new run.
 
-        step: step of the checkpoint; None: the newest.  options: the options that differ from those of the other run.
-        task_id: id of the new run; default: a random id.  Raises SageError; in this case, no files are kept.
+        step: step of the checkpoint; None: the newest checkpoint.
+        options: the options of the new run that differ from the options of the other run.
+        task_id: id of the new run; default: a random id.
+        Raises SageError. After an error, no files of the new run remain.
         """
         parent, task_id = self.run_directory(parent_id), task_id or f"task-{random_suffix()}"
         run, checkpoint = RunDirectory(self.root / task_id), checkpoint_to_fork(parent, step)
@@ -138,7 +140,10 @@ class FinetuneManager:
         return spawn(self.process_spec(task_id))
 
     def process_spec(self, task_id: str) -> ProcessSpec:
-        """Append the event `launched` and return the worker to start. Raises Conflict if the run already has a process."""
+        """Append the event `launched`, and return the specification of the worker process.
+
+        Raises Conflict if the run already has a process.
+        """
         run = self.run_directory(task_id)
         if not self._wait_for_exit(task_id):
             raise Conflict(code="already_running", message=f"{task_id} is already running.")
@@ -175,7 +180,7 @@ class FinetuneManager:
         check_claim(Path(spec.config.output_dir), task_id)
 
     def stop(self, task_id: str, *, force: bool = False) -> bool:
-        """Ask a run to save a checkpoint and exit; do not wait for the exit. Return False if the run has no process.
+        """Ask a run to save a checkpoint and exit, without waiting for the exit. Return False if the run has no process.
 
         force: kill the process instead; no checkpoint is saved.
         """
@@ -183,22 +188,22 @@ class FinetuneManager:
         return process.send_signal(signal.SIGKILL if force else signal.SIGTERM) if process else False
 
     def request_checkpoint(self, task_id: str) -> None:
-        """Ask a run to save a checkpoint after its current step; do not wait."""
+        """Ask a run to save a checkpoint after its current step, without waiting for the checkpoint."""
         self.run_directory(task_id).request_checkpoint()
 
     def change_options(self, task_id: str, options: TrainingOptions) -> int:
-        """Request other options from the next step on; do not wait. Return the revision of the request.
+        """Request other options for the run's next steps, without waiting for the change. Return the request's revision.
 
-        If the run has no process, the options change when it is resumed. Raises ConfigError or Conflict.
+        If the run has no process, the options change when the run is resumed. Raises ConfigError or Conflict.
         """
         run, status = self.run_directory(task_id), self.status(task_id)
         check_change(task_id, run.read_spec().config, status, options)
         return request_change(run, options)
 
     def publish_checkpoint(self, task_id: str, step: int) -> Path:
-        """Publish a checkpoint's adapter and tokenizer in a folder, and return the folder.
+        """Link a checkpoint's adapter and tokenizer into a folder, and return the folder.
 
-        The folder remains if the run removes the checkpoint.
+        The folder remains when the run removes the checkpoint.
         Raises ModelError if the checkpoint contains no adapter, and OSError if the checkpoint was removed.
         """
         return publish_checkpoint(self.run_directory(task_id), step)
@@ -217,7 +222,7 @@ class FinetuneManager:
         return holder(RunDirectory(self.root / task_id).lock_path)
 
     def events(self, task_id: str, offset: int = 0) -> Iterator[tuple[AnyRunEvent, int]]:
-        """Yield the events of a run after a byte offset; each event comes with the byte offset of its end."""
+        """Yield a run's events after byte `offset` of the event file, each with the byte offset at which the event ends."""
         return self.run_directory(task_id).read_events(offset)
 
     def training_steps(self, task_id: str, after: int = 0, max_points: int | None = None) -> Sequence[TrainingStep]:

@@ -12,7 +12,7 @@ from sage.common.paths import get_user_paths
 from sage.common.processes import held_lock
 from sage.libs.models.resolve import PACKAGED, inspect_folder
 
-#: No part begins with a point, so no part is `..` or a hidden folder. `finetuned` is the folder of the run directories.
+#: Valid names of models. No part begins with a dot, so no part is `..` or hidden. `finetuned` contains the run directories.
 _NAME = re.compile(r"(?!finetuned(/|$))\w[\w.+-]*(/\w[\w.+-]*)?")
 
 
@@ -48,15 +48,15 @@ def list_models() -> list[ModelEntry]:
 
 
 def import_model(folder: Path, name: str) -> Path:
-    """Copy a model atomically into the models folder, and return its path.
+    """Copy a model atomically into the models folder, and return the path of the copy.
 
     Raises ModelError if the folder has no model, ConfigError if the name is invalid, and Conflict if the name is in use.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(
             code="config_invalid",
-            message=f"'{name}' is not a valid name of a model: a name has letters, digits and .+-_, at most one `/`, and "
-            "begins with a letter, digit or _ (also after `/`). The names below `finetuned` are reserved.",
+            message=f"'{name}' is not a valid name of a model. A name can contain letters, digits, the characters .+-_ and "
+            "one `/`. It must begin with a letter, digit or _ (also after `/`). `finetuned` and `finetuned/…` are reserved.",
             hint="Use a name such as org/name.",
             param="name",
         )

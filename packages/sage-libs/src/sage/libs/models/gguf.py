@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from sage.common.errors import ModelError
 
 _MAGIC = b"GGUF"
-#: Numeric types in the metadata: id of the type in GGUF files, and its format character for `struct`.
+#: Numeric types of metadata. Keys: ids of the types in GGUF files. Values: format characters of the module `struct`.
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 

@@ -13,7 +13,7 @@ from sage.llm.client.types import Device, EngineKind, EstimateView, StartRequest
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.backends.trainer import training_memory
 
-#: Options that a run requires, but that do not influence its memory.
+#: Values for options that a run requires, but that do not change the memory of the run.
 _PLACEHOLDERS = {"dataset_path": "dataset.jsonl", "output_dir": "output"}
 
 
@@ -63,6 +63,6 @@ def _of_run(model: ModelSource, config: FinetuneConfig, free_bytes: int) -> dict
 
 
 def free_bytes_of(device: Device) -> int:
-    """Return the memory of a device that engines may use and that is free."""
+    """Return the free memory of a device in bytes, but at most the memory that engines may use."""
     total_bytes = device.memory_total_bytes if device.memory_usable_bytes is None else device.memory_usable_bytes
     return max(0, min(total_bytes, device.memory_total_bytes - device.memory_used_bytes))

@@ -82,7 +82,10 @@ class Hosts:
         return (engine.server_id or "") in self._running
 
     def server_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the server that an engine joins, and count the engine as hosted, or return None if no server fits."""
+        """Return the server that an engine joins, or None if no server fits.
+
+        If a server fits, the engine counts as hosted by this server from now on.
+        """
         if engine.base is None:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.base_version, engine.options)]:
@@ -93,7 +96,7 @@ class Hosts:
         return None
 
     def asleep_for(self, engine: EngineRecord) -> ServerRecord | None:
-        """Return the sleeping server that an engine can wake; None if there is none."""
+        """Return the sleeping server that an engine can wake, or None if no sleeping server fits."""
         for server in self._asleep:
             if engine.requested_port not in (None, _port(server)):
                 continue

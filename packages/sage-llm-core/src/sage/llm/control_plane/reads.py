@@ -25,7 +25,7 @@ _LIST_PAGE = 1000
 
 
 class EngineReads:
-    """Base class of ControlPlaneManager with the methods that only read. ControlPlaneManager sets the attributes."""
+    """The methods of ControlPlaneManager that only read. ControlPlaneManager sets the attributes of this base class."""
 
     _settings: Settings
     _node: str
@@ -70,13 +70,13 @@ class EngineReads:
             after = page.last_id
 
     async def list_active(self) -> list[EngineView]:
-        """Return the engines of this node that are not settled (stopped, completed or failed), oldest first."""
+        """Return the engines of this node that are neither stopped nor completed nor failed, oldest first."""
         engines = await self._pool.run(self._store.active, self._node)
         servers = await self._servers(engines)
         return await asyncio.to_thread(self._view_all, engines, servers)
 
     async def list_devices(self) -> list[Device]:
-        """Return the devices of this node, GPUs first, main memory last, with the engines that use their memory."""
+        """Return the devices of this node, each with the engines that use its memory. GPUs come first, main memory last."""
         engines = await self._pool.run(self._store.active, self._node)
         servers = await self._servers(engines)
         return await asyncio.to_thread(self._devices, engines, servers)
@@ -108,10 +108,10 @@ class EngineReads:
             yield chunk
 
     async def log_offset(self, engine_id: str, tail: int, offset: int | None = None) -> int:
-        """Return the offset at which the last `tail` lines of an engine's log begin, or `offset` if it is given.
+        """Return the byte offset at which the last `tail` lines of an engine's log begin, or `offset` if `offset` is given.
 
-        If `offset` is beyond the end of the log, return the end. If the byte at `offset` was removed because the log was
-        too long, return the offset of the first byte that still exists.
+        If `offset` is beyond the end of the log, return the offset of the end. If the byte at `offset` was removed because
+        the log was too long, return the offset of the first byte that still exists.
         """
         log = LogFile(await self._log_path(engine_id))
         if offset is None:
@@ -120,16 +120,22 @@ class EngineReads:
         return min(max(offset, start), end)
 
     async def get_events(self, engine_id: str, after: int = 0) -> list[EngineEvent]:
-        """Return at most 1000 events of an engine with ids above `after`, oldest first. Raises NotFound."""
+        """Return at most 1000 events of an engine, oldest first. Raises NotFound.
+
+        after: only events with ids above this id are returned.
+        """
         await self._pool.run(self._store.get, engine_id)
         return await self._pool.run(self._store.events, after, limit=_LIST_PAGE, engine_id=engine_id)
 
     async def changes(self, after: int, limit: int) -> list[EngineEvent]:
-        """Return at most `limit` events of all engines with ids above `after`, oldest first."""
+        """Return at most `limit` events of all engines, oldest first.
+
+        after: only events with ids above this id are returned.
+        """
         return await self._pool.run(self._store.events, after, limit=limit)
 
     async def last_change(self) -> int:
-        """Return the id of the newest event of all engines, 0 if there is none."""
+        """Return the id of the newest event of all engines, or 0 if there are no events."""
         return await self._pool.run(self._store.last_event)
 
     async def get_training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
@@ -174,7 +180,7 @@ class EngineReads:
             decision = self._reconciler.queue.decisions.get(engine.id)
             position = decision.position if isinstance(decision, Wait) else None
             return self._views.view(engine, None, None, self._reconciler.queue.reason(engine), position)
-        if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # no process: the last observation is outdated
+        if engine.state in SETTLED or engine.state is EngineState.PAUSED:  # the engine has no process to observe
             return self._views.view(engine, None, None)
         silent_seconds = 0.0 if self.is_responsive(engine.id) else self._reconciler.silent_seconds(engine.id)
         return self._views.view(

@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
-#: An action is given up after `_MAX_FAILURES` failures. The time until the next attempt doubles after each failure.
+#: If an action fails `_MAX_FAILURES` times, a queued or starting engine fails. A running engine that cannot load its newer
+#: adapter keeps the previous adapter. The time until the next attempt doubles after each failure.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
 #: Values of an engine's columns after the engine has left the queue.
 _PLACED = {"queue_rank": None, "paused_by": None}
@@ -62,7 +63,7 @@ _PLACED = {"queue_rank": None, "paused_by": None}
 class _Trouble:
     action: type[Action]
     error: str = ""
-    failures: int = 0  #: number of failures; system errors, such as a full disk, are not counted
+    failures: int = 0  #: OSErrors, database errors and shortages are not counted
     retry_at_seconds: float = 0.0
 
 
@@ -81,10 +82,10 @@ class Runner:
         on_done: Callable[[], None] = lambda: None,
         variables: Callable[[Collection[str]], Mapping[str, str]] = lambda _: {},
     ) -> None:
-        """on_done: called after each action that succeeded.
+        """on_done: called when an action has succeeded or was cancelled, and when an engine was validated or has failed.
 
-        variables: takes ids of devices, and returns the environment variables that restrict a process to these devices. It
-        is called in a thread, because it blocks.
+        variables: takes ids of devices, and returns the environment variables that restrict a process to these devices. This
+        function is called in a thread, because the function blocks.
         """
         self._variables = variables
         self._store, self._pool, self._executors = store, pool, executors
@@ -102,10 +103,11 @@ class Runner:
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Start an action if no other action of the same engine is running.
+        """Start an action, unless an action of the same engine is running, or the next attempt must wait after a failure.
 
-        observed, server: the last observation and the server of the engine. If the engine must be killed, a running load or
-        unload of its adapter is cancelled.
+        A validation can run at the same time as another action. If the engine must be killed, a running load or unload of
+        the engine's adapter is cancelled.
+        observed, server: the last observation and the server of the engine.
         """
         engine = action.engine
         if isinstance(action, Validate):
@@ -128,7 +130,7 @@ class Runner:
             await asyncio.wait([task for _, task in self._tasks.values()], timeout=timeout_seconds)
 
     async def close(self) -> None:
-        """Wait until the running actions have ended, and cancel the validations."""
+        """Wait for the running actions, at most `_CLOSE_SECONDS`. Then cancel the validations and close the sleeper."""
         await self.idle()
         await self.validator.close()
         await self.sleeper.close()
@@ -140,8 +142,8 @@ class Runner:
 
     async def _guarded(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
         engine_id = action.engine.id
-        # The limit of `_MAX_ACTIONS` does not apply to loading and unloading adapters, because a server that does not answer
-        # must not delay actions of other servers.
+        # `_MAX_ACTIONS` does not limit the loads and unloads of adapters: a server that does not answer must not delay
+        # actions on other servers.
         slots = contextlib.nullcontext() if isinstance(action, LoadAdapter | UnloadAdapter) else self._slots
         try:
             async with slots:
@@ -165,7 +167,7 @@ class Runner:
         trouble.action, trouble.failures = type(action), trouble.failures + 1
         trouble.retry_at_seconds = time.monotonic() + _BACKOFF_SECONDS * 2**trouble.failures
         if trouble.failures >= _MAX_FAILURES:
-            # If this write fails, it is tried again after the action fails the next time.
+            # An error is ignored here, because this block runs again after the next failure of the action.
             with contextlib.suppress(StaleWrite, OSError, SQLAlchemyError):
                 if engine.state in (EngineState.QUEUED, EngineState.STARTING):
                     await self._give_up(engine, server, _reason(error, type(action)))
@@ -204,7 +206,7 @@ class Runner:
             case Revise(engine):
                 await self._revise(engine, server, served_as=engine.internal_name)
             case SetDesired(engine, desired, paused_by):
-                # An engine that returns from a pause keeps its place in the queue.
+                # Without `paused_by`, the pause ends, and the engine keeps its place in the queue.
                 values = {"last_request_at": None, "paused_by": paused_by} if paused_by else {"queue_rank": rank(engine)[1]}
                 written = await self._commit(self._store.set_desired, engine, desired, force=False, **values)
                 self._routing.apply(written, server)
@@ -234,7 +236,7 @@ class Runner:
             revision = engine.revision + 1
             server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=action.is_moved)
             server = dataclasses.replace(server, devices=action.devices, reserved_bytes=action.reserved_bytes)
-            if server.served_name:  # an earlier process cannot be used, because it expects another model name
+            if server.served_name:  # end an earlier process, because it expects another model name
                 await self._end_process(server)
             planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None,
                        "threads": action.threads, **_PLACED}  # fmt: skip
@@ -264,7 +266,7 @@ class Runner:
             except TimeoutError:  # the process was possibly started, so the next plan observes it first
                 raise
             except (SageError, OSError) as error:
-                if is_shortage(error):  # retried, because the engine did not cause the shortage
+                if is_shortage(error):  # the launch is retried, because the engine did not cause the shortage
                     raise
                 await self._transition(Transition(engine, EngineState.FAILED, _reason(error, Launch)), server)
                 return
@@ -285,7 +287,7 @@ class Runner:
         return process
 
     async def _clean(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Remove the files of the engine's previous server, unless it is `server` or another engine needs the files."""
+        """Remove the files of the engine's previous server, unless `server` or another engine uses these files."""
         last_id = server_id_of(engine)
         if last_id != server.id and not await self._pool.run(self._store.is_server_needed, last_id, engine.id):
             await self._executors[engine.kind].remove(engine)

@@ -111,7 +111,10 @@ def _rule_until(name: str, marker: str, special: Mapping[str, int]) -> str:
 
 
 def _text_without(marker: str | None) -> str:
-    """Return a grammar expression that matches any text without a call.  marker: text that begins a call, if any."""
+    """Return a grammar expression that matches any text without a call.
+
+    marker: text at the beginning of a call. Without a marker, a call begins with `{` or `[`.
+    """
     return f"/(?s:.*)/ & ~/(?s:.*){_pattern(marker)}(?s:.*)/" if marker else r"/([^\s{\[](?s:.*))?/"
 
 

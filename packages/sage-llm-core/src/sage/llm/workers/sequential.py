@@ -13,7 +13,7 @@ from sage.llm.workers.packed import Part
 
 #: Maximum number of prompt tokens in a pass. Long prompts are run in parts, because their logits can take gigabytes.
 _PROMPT_TOKENS = 512
-#: Stands for "no limit".
+#: Value of `SequentialRunner.prompt_tokens` if there is no limit.
 _WHOLE = 10**9
 
 
@@ -44,8 +44,9 @@ class SequentialRunner:
         return _State()
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Run the only item of `parts`, and return a list with its logits, (tokens or 1, vocab_size).
+        """Run the only item of `parts`, and return a list that contains only the logits of this item.
 
+        Shape of the logits: (tokens of the item, vocab_size), or (1, vocab_size) if `wants_all_logits` is False.
         check: called before every layer.
         """
         (part,) = parts

@@ -9,7 +9,7 @@ from sage.common.counting import counted
 
 def prune(
     older_than: Annotated[
-        float, typer.Option(metavar="DAYS", min=0, help="Only engines that ended at least this number of days ago.")
+        float, typer.Option(metavar="DAYS", min=0, help="Delete only engines that ended at least this number of days ago.")
     ] = 30,
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="Also delete stopped and failed runs, which could be resumed.")
@@ -33,4 +33,4 @@ def prune(
     removed = [removal for removal in removals if not removal.kept_because]
     verb = "would be deleted" if dry_run else "deleted"
     freed = render.size(sum(each.freed_bytes for each in removed))
-    typer.echo(f"{counted(len(removed), 'engine')} {verb}, {freed}.", err=True)
+    typer.echo(f"{counted(len(removed), 'engine')} {verb}, with {freed} of files.", err=True)

@@ -64,7 +64,7 @@ _MEANING: dict[Code, tuple[Severity, str, str]] = {
 
 @dataclass
 class Finding:
-    """All findings of one kind, with the positions of the first affected samples."""
+    """The findings of one kind, with the positions of the first affected samples."""
 
     code: Code
     count: int = 0  #: number of samples; 0 if the finding is about the model
@@ -87,7 +87,7 @@ class Finding:
             return f"{_MEANING[self.code][1]}{details}."
         more = " …" if self.count > len(self.places) else ""
         first, *others = self.places
-        # Show the name of the file only in the first place.
+        # Omit the name of the file in every place except the first.
         file = first[: max(first.rfind(":"), first.rfind(" ")) + 1]
         places = ", ".join([first, *(place.removeprefix(file) for place in others)])
         return f"{counted(self.count, 'sample')}: {_MEANING[self.code][1]}{details}: {places}{more}."

@@ -12,7 +12,7 @@ from sage.libs.finetune.data.values import RecordError, text_of, unpacked
 
 
 def prompt_of(value: Any, where: str) -> Conversation:
-    """Parse a prompt. A text becomes a user message; a JSON list of messages is parsed."""
+    """Parse a prompt. A text becomes a user message, unless the text is a JSON list of messages."""
     messages = _packed_messages(value)
     return _turns(value if messages is None else messages, where, "user")
 
@@ -20,8 +20,9 @@ def prompt_of(value: Any, where: str) -> Conversation:
 def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
     """Parse the answer to a prompt.  prompt: the prompt field of the record, or None.
 
-    A text usually becomes one assistant message. A JSON list of messages is parsed as messages in three cases: the prompt
-    is also a JSON list of messages, one of the first two messages repeats the prompt, or the record has no prompt.
+    A text usually becomes one assistant message. A text that is a JSON list of messages is parsed as messages in three
+    cases: the prompt is also a JSON list of messages, one of the first two messages repeats the prompt, or the record has
+    no prompt.
     """
     messages = _packed_messages(value)
     if messages is None or not (prompt is None or _packed_messages(prompt) or _says_again(messages, prompt)):
@@ -32,7 +33,7 @@ def answer_of(value: Any, where: str, prompt: Any) -> Conversation:
 def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> tuple[list[Message], list[Message]]:
     """Return the prompt and the answer.  spoken: the answer, possibly with the prompt before it."""
     prompt, spoken = list(prompt), list(spoken)
-    for begin in (0, 1):  # a repeated prompt can follow a system message
+    for begin in (0, 1):  # the repeated prompt can come after a system message
         end = begin + len(prompt)
         if prompt and spoken[begin:end] == prompt and all(message["role"] == "system" for message in spoken[:begin]):
             return spoken[:end], spoken[end:]

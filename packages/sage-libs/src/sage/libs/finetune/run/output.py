@@ -20,10 +20,10 @@ RUN_FILE = "sage_run.json"
 
 
 def claim_output(output: Path, task_id: str, run: Path) -> None:
-    """Create the output folder and claim it, which means to record the run as owner.
+    """Claim the output folder: create the folder if necessary, and record the run as the owner of the folder.
 
     A run claims its folder when the run is created, and can claim the same folder again. If the run ends without a result,
-    another run can claim the folder. If several runs claim a folder at once, only one succeeds.
+    another run can claim the folder. If several runs claim a folder at once, only one run succeeds.
     Raises OutputError if the folder cannot be written, has another run's result, is used by another run, or is not empty.
     """
     output = output.resolve()
@@ -54,14 +54,14 @@ def check_owner(output: Path, task_id: str) -> None:
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run into its output folder; raises OutputError if another run owns the folder now."""
+    """Write the record of a run into its output folder. Raises OutputError if another run owns the folder now."""
     with _locked(output):
         check_owner(output, record["task_id"])
         _write(output, record)
 
 
 def read_run_file(output: Path) -> dict[str, Any]:
-    """Return the record that a run wrote into its output folder, or {} if there is none."""
+    """Return the record that a run wrote into its output folder, or {} if the folder has no valid record."""
     try:
         content = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -77,7 +77,7 @@ def _write(output: Path, record: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder itself in the `with` block; if the file system does not support locks, hold no lock."""
+    """Lock the folder itself during the `with` block, if the file system supports locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):

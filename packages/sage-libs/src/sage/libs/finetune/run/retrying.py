@@ -1,6 +1,6 @@
-"""Restart a worker with smaller micro-batches after a lack of memory.
+"""Restart a worker with smaller micro-batches after an out-of-memory error.
 
-This is for TRL's methods and for runs with several processes. Other runs compute a micro-batch in parts instead.
+Only runs that use TRL and runs with several processes are restarted. Other runs compute a micro-batch in parts instead.
 """
 
 import os
@@ -13,19 +13,22 @@ from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.status import RunStatus
 from sage.libs.finetune.run.summary import read_status
 
-#: Exit code of an additional process of a run that failed because of a lack of memory.
+#: Exit code of a process that ran out of memory and is not the main process of a run.
 OUT_OF_MEMORY_EXIT = 12
-#: KTO compares the samples of a micro-batch with each other.
+#: Minimum number of samples in a micro-batch. The minimum for KTO is 2, because KTO compares samples with each other.
 _LEAST_SAMPLES = {"kto": 2}
 
 
 def restarts_when_out_of_memory(config: FinetuneConfig) -> bool:
-    """Return whether a lack of memory restarts the worker."""
+    """Return whether an out-of-memory error restarts the worker."""
     return config.method != "sft" or config.num_processes > 1
 
 
 def micro_batch_size(config: FinetuneConfig, halvings: int) -> int:
-    """Return the samples per forward pass after `halvings` lacks of memory: each time half, or the next divisor below."""
+    """Return the number of samples per forward pass after `halvings` reductions.
+
+    Each reduction replaces the number by its largest proper divisor. A divisor below the method's minimum is not used.
+    """
     size = 1 if config.pack_tokens else config.batch_size
     for _ in range(halvings):
         smaller = range(size // 2, _LEAST_SAMPLES.get(config.method, 1) - 1, -1)
@@ -34,12 +37,12 @@ def micro_batch_size(config: FinetuneConfig, halvings: int) -> int:
 
 
 def next_saving(config: FinetuneConfig, status: RunStatus) -> WarningEvent | None:
-    """Return how the run saves memory after another lack of memory; None if no way is left."""
+    """Return how the run saves memory after the next out-of-memory error, or None if no more memory can be saved."""
     before, after = (micro_batch_size(config, halvings) for halvings in (status.halvings, status.halvings + 1))
     if after < before:
         steps = config.gradient_accumulation_steps * config.batch_size // after
         message = (
-            f"Out of memory: micro-batches now have {after} samples instead of {before}, and a step has {steps} of them."
+            f"Out of memory: the micro-batch size is now {after} instead of {before}, and a step has {steps} micro-batches."
         )
         return WarningEvent(message=message, halvings=status.halvings + 1)
     if config.gradient_checkpointing == "auto" and not status.activation_checkpointing:

@@ -41,7 +41,7 @@ ALIVE = (RunState.STARTING, RunState.RUNNING)
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Status of a run; a field is None if its value is not known yet."""
+    """Status of a run. A field is None if the run does not have the value, or if the value is not known yet."""
 
     state: RunState = RunState.CREATED
     step: int = 0
@@ -62,8 +62,8 @@ class RunStatus:
     estimated_memory_bytes: int | None = None  #: peak memory that was estimated before the first step
     halvings: int = 0  #: how many times each micro-batch is cut in half to save memory
     activation_checkpointing: bool = False  #: whether activations are recomputed to save memory
-    is_loaded: bool = False  #: the last process has loaded data and model
-    change_revision: int = 0  #: number of the newest change of options that is in the events
+    is_loaded: bool = False  #: whether the last process has loaded the data and the model
+    change_revision: int = 0  #: sequence number of the newest change of options in the events
     changes: tuple[str, ...] = ()  #: changes of options, as text for users
     forked_from: str | None = None  #: id of the run whose checkpoint this run continues from
     forked_at_step: int | None = None
@@ -95,7 +95,7 @@ class RunStatus:
 
 
 def fold(status: RunStatus, events: Iterable[AnyRunEvent]) -> RunStatus:
-    """Return the status updated with more events."""
+    """Return a copy of the status, updated with the events."""
     step: StepEvent | None = None  # the latest step event that is not applied yet
     for event in events:
         if isinstance(event, StepEvent):

@@ -55,16 +55,16 @@ class Precision:
         return replace(dense, bf16_products=True) if asked == "bf16" else replace(dense, bf16=False)
 
     def without_int8(self) -> "Precision":
-        """Return a copy for a model whose layers are not quantized."""
+        """Return a copy for a model whose layers do not support int8."""
         if not self.int8_products:
             return self
         return replace(self, int8_products=False, held="base not in int8: the model's layers do not support int8")
 
 
 def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Precision:
-    """Return the fastest number formats on this machine that the config allows.
+    """Of the number formats that the config allows, return the fastest on this machine.
 
-    begun: status of the run before it is resumed; a resumed run keeps its number formats.
+    begun: status of the run before this start. A resumed run keeps its number formats.
     width: hidden size of the model.
     """
     base_bits, held = _base(config)

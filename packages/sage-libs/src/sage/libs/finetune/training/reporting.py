@@ -15,7 +15,7 @@ class Reporter:
     """Appends progress and warnings to the events of a run, and writes them to the log."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest, checked_model: str | None) -> None:
-        """checked_model: model to name in the error that is raised if the dataset has warnings. None: no error."""
+        """checked_model: the error for a dataset with warnings names this model. None: warnings raise no error."""
         self._run, self._stop, self._checked_model = run, stop, checked_model
         self._reported: set[tuple[Path, Code]] = set()
 
@@ -35,12 +35,12 @@ class Reporter:
         logger.warning("%s", message)
 
     def adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
-        """Report that the next steps use less memory; a resumed run starts with these `halvings` and `checkpointing`."""
+        """Report that the next steps use less memory. A resumed run starts with these `halvings` and `checkpointing`."""
         self._run.append_event(WarningEvent(message=message, halvings=halvings, activation_checkpointing=checkpointing))
         logger.warning("%s", message)
 
     def findings(self, findings: Findings, path: Path) -> None:
-        """Report each finding once; raises DatasetError if there are warnings and the user does not allow warnings."""
+        """Report each finding once. Raises DatasetError if there are warnings that the user does not allow."""
         if self._checked_model is not None:
             findings.raise_for_warnings(path, self._checked_model)
         for finding in findings:

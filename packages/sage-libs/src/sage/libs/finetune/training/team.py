@@ -79,7 +79,7 @@ class Team:
             distributed.barrier(group=self._group())
 
     def check(self) -> None:
-        """Exit if another process has failed."""
+        """Wait 0.5 s, and exit if another process has failed. Only the main process does this."""
         if self._others:
             time.sleep(_LOOK_SECONDS)
             self._check_others()
@@ -110,10 +110,10 @@ class Team:
         self._watch(self._check_others)
 
     def _check_others(self) -> None:
-        """Exit if another process has failed, because the next step would never end."""
+        """Exit if another process has failed, because the next training step would wait for that process forever."""
         with self._checking:  # two threads call this, and only one of them must report a failure
             for process in self._others:
-                if (code := process.poll()) and self._others:  # `close` empties the list before it kills the processes
+                if (code := process.poll()) and self._others:  # `close` empties the list before killing the processes
                     self._others_failed(code)
 
     def _others_failed(self, code: int) -> NoReturn:

@@ -11,7 +11,7 @@ from sage.libs.finetune.run.trackers import Tracker, check_trackers
 
 
 class Trackers(TrainerCallback):
-    """Passes the Trainer's logs to trackers. A tracker that fails is removed with a warning; the training continues."""
+    """Passes the Trainer's logs to trackers. A tracker that fails is removed with a warning, and the training continues."""
 
     def __init__(self, names: Sequence[Tracker], folder: Path, warn: Callable[[str], None]) -> None:
         """folder: folder for TensorBoard's files. Raises ConfigError if a package is missing."""
@@ -38,7 +38,7 @@ class Trackers(TrainerCallback):
         self._call("on_train_end", **values)
 
     def add_heldout_loss(self, loss: float) -> None:
-        """Report a held-out loss at the current step; ignored before the training begins."""
+        """Report a held-out loss at the current step. Before the training begins, the loss is ignored."""
         if self._context and self._context[1].is_world_process_zero:
             self._call("on_log", logs={"eval_loss": loss})
 

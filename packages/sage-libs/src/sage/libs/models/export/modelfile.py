@@ -1,4 +1,7 @@
-"""Write Ollama's Modelfile. Its Go template is derived from the model's chat template, and must give the same prompts."""
+"""Write a Modelfile for Ollama.
+
+The Go template in this file is derived from the model's chat template. Both templates must produce the same prompts.
+"""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ class Turns:
     """The constant texts that a chat template writes before and after the contents of messages."""
 
     head: str  #: text before the first message, if this message is not a system message
-    system: tuple[str, str] | None  #: texts before and after a system message; None: not supported
+    system: tuple[str, str] | None  #: texts before and after a system message; None: no system messages are supported
     is_joined: bool  #: whether the system prompt is part of the first user message
     user: tuple[str, str]
     answer: tuple[str, str]
@@ -78,7 +81,7 @@ def derive(chat_format: ChatFormat, bos: str = "") -> Turns:
     """Derive the constant texts of a chat template.
 
     bos: text that is removed from the beginning of rendered chats.
-    Raises ModelError if prompts that are built from these texts differ from the prompts of the template.
+    Raises ModelError if prompts that are built from these texts differ from the prompts of the chat template.
     """
     for with_system in (True, False):
         try:

@@ -1,6 +1,7 @@
 """The interface of backends. A backend is a program that runs engines.
 
-To add a backend, write a class in this folder with the attributes of `ServingBackend`, and list it in `BACKENDS`.
+To add a backend, write a module in this folder with a class that has the attributes of `ServingBackend`. Then add an
+instance of the class to `BACKENDS` in registry.py.
 """
 
 import json
@@ -56,12 +57,13 @@ class Capabilities:
     merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
     warm_up: bool = False  #: each loaded adapter immediately receives a request, because its first request is slow
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
-    #: GPU memory that a sleeping server keeps. A sleeping server can allocate its memory again without a restart.
+    #: GPU memory that a sleeping server keeps. A sleeping server can allocate the released memory again without a restart.
+    #: None: the servers cannot sleep.
     asleep_bytes: int | None = None
 
 
 class TokenMetrics(NamedTuple):
-    """The Prometheus counters of a server that hosts one model."""
+    """The route of a server's Prometheus metrics, and the names of the counters for prompt and completion tokens."""
 
     path: str
     prompt: str
@@ -76,10 +78,10 @@ class Backend(Protocol):
     options: ClassVar[type[BaseModel]]
 
     def estimate(self, model: ModelSource, options: Any) -> MemoryEstimate | None:
-        """Return the memory that the engine is expected to need, or None if it is not known."""
+        """Return the memory that the engine is expected to need, or None if this memory is not known."""
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the total of `estimate`, or None if it is not known."""
+        """Return the total of `estimate`, or None if `estimate` returns None."""
 
 
 @runtime_checkable
@@ -90,9 +92,9 @@ class ServingBackend(Backend, Protocol):
     """
 
     health_path: ClassVar[str]
-    #: Request fields that the server supports; the gateway rejects all others. None: the server checks the fields itself.
+    #: Request fields that the server supports. The gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]
-    #: None: the server does not have Prometheus metrics with the numbers of tokens.
+    #: None if the server has no Prometheus counters for tokens.
     token_metrics: ClassVar[TokenMetrics | None]
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:
@@ -110,14 +112,19 @@ class ServingBackend(Backend, Protocol):
         """Return whether an answer of `health_path` comes from `server` and reports that `server` is ready."""
 
     def limits(self, content: bytes) -> Mapping[str, Any]:
-        """Return the fields of an answer of `health_path`. The answer can omit each field.
+        """Return the fields of an answer of `health_path`. Every field is optional.
 
         context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.  tokens: for each
         model, the numbers of prompt tokens and completion tokens since the model was loaded.
+        threads: number of CPU threads, if this number can be changed.  is_active: whether the server has answered requests
+        in the last seconds.
         """
 
     def can_join(self, adapter: Path, base: Path) -> str | None:
-        """Return why a running server of `base` cannot load `adapter`, as a clause without a period, or None."""
+        """Return why a running server of `base` cannot load `adapter`, or None if the server can load `adapter`.
+
+        The reason is a clause without a period.
+        """
 
     def max_adapters(self, options: Any) -> int | None:
         """Return the maximum number of adapters in a server. None: no limit."""
@@ -129,7 +136,7 @@ _SPIN_COUNT = "10000"
 
 
 def thread_variables(threads: int | None) -> dict[str, str]:
-    """Return the environment variables that set the number of CPU threads, if `threads` is given."""
+    """Return the OpenMP variables: the spin iterations and, if `threads` is given, the number of CPU threads."""
     return {"GOMP_SPINCOUNT": _SPIN_COUNT, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
@@ -141,7 +148,7 @@ class WorkerBackend:
     token_metrics: ClassVar[TokenMetrics | None] = None
 
     def environment(self, options: Any) -> Mapping[str, str]:
-        """Return the environment variables that set the number of CPU threads."""
+        """Return the OpenMP variables, which set the spin iterations and the number of CPU threads."""
         return thread_variables(options.threads)
 
     def is_ready_answer(self, server: ServerRecord, status: int, content: bytes) -> bool:
@@ -157,7 +164,7 @@ class WorkerBackend:
         return None
 
     def memory_bytes(self, model: ModelSource, options: Any) -> int | None:
-        """Return the total of `estimate`, or None if it is not known."""
+        """Return the total of `estimate`, or None if `estimate` returns None."""
         estimate = self.estimate(model, options)
         return None if estimate is None else estimate.total_bytes
 

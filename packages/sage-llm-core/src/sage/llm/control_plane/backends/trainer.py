@@ -1,4 +1,4 @@
-"""The backend for SAGE's own trainer, which has one process per training run."""
+"""The backend for SAGE's own trainer. Each training run has its own worker process."""
 
 import sys
 from typing import ClassVar
@@ -25,10 +25,11 @@ class TrainerBackend:
     interpreter: ClassVar[tuple[str, ...]] = (sys.executable,)
 
     def estimate(self, model: ModelSource, options: FinetuneConfig) -> MemoryEstimate | None:
-        """Return the memory of the largest micro-batch. The least memory is that of one sample of `max_seq_length` tokens.
+        """Return the memory of a run with its largest micro-batch.
 
-        The number formats are those of an earlier run with the same model and options. If there is none, the formats that
-        need the most memory are assumed.
+        `least_bytes` is the memory of a run with a micro-batch of one sample, which has `max_seq_length` tokens.
+        The number formats are those of an earlier run with the same model and options. If there is no such run, the largest
+        number formats that the run can have are assumed.
         """
         needs = training_memory(model, options)
         if needs is None:
@@ -37,7 +38,7 @@ class TrainerBackend:
         return MemoryEstimate(breakdown, min(breakdown.total_bytes, needs.least(options.max_seq_length).total_bytes))
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
-        """Return the total of `estimate`, or None if it is not known."""
+        """Return the total of `estimate`, or None if `estimate` returns None."""
         estimate = self.estimate(model, options)
         return None if estimate is None else estimate.total_bytes
 

@@ -39,8 +39,8 @@ class AdapterClient:
     async def load(self, server: ServerRecord, name: str, folder: str) -> None:
         """Load the adapter in `folder` under the name `name`. A name that is already loaded is not an error.
 
-        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load it, OSError
-        if the result is not known.
+        Raises AdapterRefused if the server refuses the adapter, EngineError if the server fails to load the adapter, and
+        OSError if the result is not known.
         """
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "load_lora_adapter", _LOAD_SECONDS, lora_name=name, lora_path=folder)
@@ -58,7 +58,7 @@ class AdapterClient:
             raise OSError(f"{server.id} failed to change its threads: {_message(answer)}")
 
     async def warm_up(self, server: ServerRecord, name: str) -> None:
-        """Let a model generate one token. Raises EngineError if this fails, OSError if the result is not known."""
+        """Let a model generate one token. Raises EngineError if this fails, and OSError if the result is not known."""
         answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
         if answer.is_error:
             raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")
@@ -75,7 +75,10 @@ class AdapterClient:
         return frozenset(await self.folders(server))
 
     async def folders(self, server: ServerRecord) -> Mapping[str, str | None]:
-        """Return the folder of each loaded model, or None if the server does not report the folder. Raises OSError."""
+        """Return the folder of each loaded model, by the model's name. Raises OSError.
+
+        A folder is None if the server does not report the folder.
+        """
         try:
             async with asyncio.timeout(_UNLOAD_SECONDS):
                 _, content = await get(server.address or "", "/v1/models", {})

@@ -43,13 +43,13 @@ class Observed:
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
-    crash: str | None = None  #: where a training run exited without reporting an error; None: it did not
+    crash: str | None = None  #: where a training run exited without reporting an error; None: no such exit
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
     tokens: Tokens | None = None  #: None: the server does not count tokens
-    threads: int | None = None  #: CPU threads that the server uses now; None: it cannot change them while it runs
-    is_active: bool = True  #: the server has answered requests in the last seconds; True if the server does not report it
+    threads: int | None = None  #: CPU threads in use; None: their number cannot change while the server runs
+    is_active: bool = True  #: False: the server reports that it has had no requests in the last seconds
 
 
 class Executor(Protocol):
@@ -99,7 +99,7 @@ class Executor(Protocol):
         """Return the steps of a training run after step `after`, downsampled to at most `max_points`."""
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:
-        """Return the step of a training run's newest checkpoint, or 0 if there is none."""
+        """Return the step of a training run's newest checkpoint, or 0 if the run has no checkpoint."""
 
     async def request_checkpoint(self, engine: EngineRecord) -> None:
         """Ask a training run to save a checkpoint after its current step."""
@@ -126,7 +126,7 @@ def server_id_of(engine: EngineRecord) -> str:
 
 
 def planned_server(engine: EngineRecord, server_id: str, handle: str) -> ServerRecord:
-    """Return the record of a server to launch for an engine, in state `planned`."""
+    """Return a new server record in state `planned`, with the values of an engine."""
     return ServerRecord(
         id=server_id,
         node=engine.node,

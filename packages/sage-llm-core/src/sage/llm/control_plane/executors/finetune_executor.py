@@ -49,7 +49,7 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """threads: CPU threads of each run. None: the number that the plan has set for the engine."""
+        """threads: number of CPU threads of each run. None: the number that the plan has set for the run's engine."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
@@ -64,7 +64,7 @@ class FinetuneExecutor:
         return await asyncio.to_thread(self._prepare, engine_id, request)
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
-        """Create the run directory, or check that an existing run without a process can be resumed."""
+        """Create the directory of a new run. For an existing run without a process, check that the run can be resumed."""
         if not await self._is_alive(engine):
             await asyncio.to_thread(self._validate, engine)
         return {}
@@ -75,7 +75,7 @@ class FinetuneExecutor:
             await asyncio.to_thread(self._manager.delete, task_id_of(engine_id))
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict if the run is completed, OutputError if the run's output folder belongs to another run."""
+        """Raise Conflict if the run is completed, and OutputError if the run's output folder belongs to another run."""
         was_launched = engine.server_id is not None  # before its first launch, a run possibly has no directory
         if (was_launched or self._run(engine).spec_path.exists()) and not await self._is_alive(engine):
             await asyncio.to_thread(self._manager.check_resumable_quick, task_id_of(engine.id))
@@ -113,7 +113,7 @@ class FinetuneExecutor:
         return list(steps)
 
     async def checkpoint_step(self, engine: EngineRecord) -> int:
-        """Return the step of the run's newest checkpoint, or 0 if there is none."""
+        """Return the step of the run's newest checkpoint, or 0 if the run has no checkpoint."""
         return (await asyncio.to_thread(self._manager.status, task_id_of(engine.id))).checkpoint_step or 0
 
     async def request_checkpoint(self, engine: EngineRecord) -> None:
@@ -121,7 +121,7 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def change_options(self, engine: EngineRecord, options: TrainingOptions) -> int:
-        """Request other options from the run's next step on; return the revision of the request. Raises SageError."""
+        """Request other options for the run's next steps, and return the revision of the request. Raises SageError."""
         return await asyncio.to_thread(self._manager.change_options, task_id_of(engine.id), options)
 
     async def fork(self, engine: EngineRecord, fork_id: str, step: int | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,9 +133,9 @@ class FinetuneExecutor:
         return spec.config.model_dump(mode="json")
 
     async def publish_checkpoint(self, engine: EngineRecord, step: int) -> Path:
-        """Return a folder that contains a checkpoint as a model that can be served. The run never removes this folder.
+        """Return a folder that contains a checkpoint as a model that can be served.
 
-        Raises ModelError or OSError.
+        The folder remains when the run removes the checkpoint. Raises ModelError or OSError.
         """
         return await asyncio.to_thread(self._manager.publish_checkpoint, task_id_of(engine.id), step)
 

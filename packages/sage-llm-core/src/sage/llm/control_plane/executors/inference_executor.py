@@ -36,7 +36,7 @@ class _Answer(NamedTuple):
     """The answer of a server to a health check."""
 
     observed: Observed
-    tokens: Mapping[str, Tokens] = {}  #: by the name of the model in requests
+    tokens: Mapping[str, Tokens] = {}  #: tokens of each model, by the model's name in requests
 
 
 class InferenceExecutor:
@@ -61,7 +61,7 @@ class InferenceExecutor:
         """Do nothing, because `validate` creates no files."""
 
     async def check_resumable(self, engine: EngineRecord) -> None:
-        """Raise Conflict if the engine's requested port is taken, ModelError if the engine's model no longer exists."""
+        """Raise Conflict if the engine's requested port is taken, and ModelError if the engine's model no longer exists."""
         handle = self._handle(server_id_of(engine))
         if (process := (await self._launcher.observe([handle])).get(handle)) and process.alive:
             return  # the port is not checked, because the engine's running process can hold the port
@@ -143,7 +143,7 @@ class InferenceExecutor:
         return _folder(server_id_of(engine)) / "engine.log"
 
     async def remove(self, engine: EngineRecord) -> None:
-        """Remove the files of the engine's last server: its lock, port and log."""
+        """Remove the files of the engine's last server: the lock file, the port file and the log."""
         await asyncio.to_thread(shutil.rmtree, _folder(server_id_of(engine)), ignore_errors=True)
 
     async def _answer(self, server: ServerRecord, address: str | None) -> _Answer:

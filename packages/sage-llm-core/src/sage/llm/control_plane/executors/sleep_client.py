@@ -6,9 +6,10 @@ from sage.common.errors import EngineError
 from sage.common.server_keys import server_key
 from sage.llm.control_plane.store.records import ServerRecord
 
-#: Maximum seconds for a request. A server completes its open requests before it sleeps; the caller retries after OSError.
+#: Seconds until a request times out. A server completes its open requests before it sleeps, so a request to sleep can time
+#: out. The caller repeats a request that timed out.
 _REQUEST_SECONDS = 10.0
-#: The weights are moved to main memory, and the cache of keys and values is discarded.
+#: The level of vLLM's sleep mode. At level 1, the weights are moved to main memory, and the KV cache is discarded.
 _LEVEL = 1
 
 
@@ -22,7 +23,7 @@ class SleepClient:
     async def sleep(self, server: ServerRecord) -> None:
         """Let a server complete its requests and release its memory. Does nothing if the server already sleeps.
 
-        Raises EngineError if the server cannot sleep, OSError if the result is not known.
+        Raises EngineError if the server cannot sleep, and OSError if the result is not known.
         """
         await self._request(server, "POST", f"sleep?level={_LEVEL}&mode=wait")
         await self._check(server, is_sleeping=True)
@@ -30,7 +31,7 @@ class SleepClient:
     async def wake(self, server: ServerRecord) -> None:
         """Let a server allocate its memory again. Does nothing if the server does not sleep.
 
-        Raises EngineError if the server cannot wake, OSError if the result is not known.
+        Raises EngineError if the server cannot wake, and OSError if the result is not known.
         """
         await self._request(server, "POST", "wake_up")
         await self._check(server, is_sleeping=False)

@@ -29,7 +29,7 @@ class ServerStore(LeaseStore):
             return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def is_server_needed(self, server_id: str, engine_id: str) -> bool:
-        """Return whether a server still has a row, or is the last server of an engine other than `engine_id`."""
+        """Return whether the server has a row in the database, or is the last server of an engine other than `engine_id`."""
         others = select(engines.c.id).where(engines.c.server_id == server_id, engines.c.id != engine_id).limit(1)
         with self._read() as connection:
             row = connection.execute(select(servers.c.id).where(servers.c.id == server_id)).first()
@@ -48,7 +48,7 @@ class ServerStore(LeaseStore):
         lease: Lease,
         state: ServerState = ServerState.CLOSING,
     ) -> ServerRecord:
-        """Store the state `closing` or `sleeping`, in which no engine can join a server.
+        """Store the state `closing` or `sleeping`. No engine can join a server that is closing.
 
         Raises StaleWrite if the server hosts an engine other than `engine`.
         """
