@@ -15,9 +15,9 @@ _ROLE_ALIASES = {
     "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
     "tool_response": "tool", "tool_result": "tool",
 }  # fmt: skip
-#: Roles of turns whose text is a tool call of the assistant, or a list of tool calls.
+#: Roles of turns whose text contains one or more tool calls of the assistant.
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-#: Fields that can exclude an answer from training: `weight` with the value 0, the others with the value false.
+#: Fields that can exclude an answer from training: `weight` with the value 0, each other field with the value false.
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
 #: Possible names of the field that contains the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -25,7 +25,7 @@ _INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
 _CONTENT = {"role", "content", "from", "value"}
 _OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
 _DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
-#: Fields without text for the model, such as ids, which are ignored without a finding.
+#: Fields that contain no text for the model, such as ids. These fields are ignored without a finding.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
 })  # fmt: skip
@@ -54,13 +54,13 @@ class _Turn(NamedTuple):
 
 
 def read_conversation(value: Any, where: str) -> Conversation:
-    """Parse a list of turns.  where: name of the record's field. Raises RecordError with the position of the turn."""
+    """Parse a list of turns.  where: name of the record's field. Raises RecordError if a turn is invalid."""
     items = _transposed(value) or list_of(value, where)
     return _read([(item, f"{where}[{index}]") for index, item in enumerate(items)], f"{where}[].")
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Convert an object of lists, which old versions of `datasets` write, to a list of turns; other values: None."""
+    """Convert an object of lists, the format of old versions of `datasets`, to a list of turns. Other values: None."""
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:
