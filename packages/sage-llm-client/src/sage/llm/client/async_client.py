@@ -202,7 +202,7 @@ class AsyncSageClient:
         await self._send(calls.remove_route(name))
 
     async def devices(self) -> list[Device]:
-        """Return the devices of the gateway's node: its GPUs and its main memory."""
+        """Return the GPUs and the main memory of the gateway's node."""
         return await self._send(calls.devices())
 
     async def estimate(self, model: str, **request: Any) -> EstimateView:

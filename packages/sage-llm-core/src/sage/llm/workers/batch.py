@@ -73,7 +73,7 @@ class Batch(JobThread):
 
     @property
     def is_active(self) -> bool:
-        """Whether a request is in progress, or has ended in the last seconds."""
+        """Whether a request is in progress, or has ended within the last `_ACTIVE_SECONDS`."""
         return bool(self._requests) or time.monotonic() - self._ended_at_seconds < _ACTIVE_SECONDS
 
     async def set_threads(self, threads: int) -> None:

@@ -78,9 +78,10 @@ class Inventory:
         return [replace(self._main_memory(sum(used_bytes.values())), used_bytes=used_bytes), *gpus]
 
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
-        """Return the environment variables that restrict a process to devices. A fake GPU means: CPU only.
+        """Return the environment variables that restrict a process to devices.
 
-        devices: ids of devices. If empty, the process may use all devices. Raises EngineError if a device does not exist.
+        devices: ids of devices. If empty, the process may use all devices. If the GPUs are fake, the process can use only
+        the CPU. Raises EngineError if a device does not exist.
         """
         gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
         if missing := set(devices) - {_CPU, *gpus}:
