@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command in `argv` and return the exit code. 0: success or stopped run; 1: failure; 2: wrong usage."""
+    """Run the command in `argv` and return the exit code. 0: success, or the run was stopped; 1: failure; 2: wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m sage.libs.finetune", description="Fine-tune in the foreground.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train with the options of a YAML file")

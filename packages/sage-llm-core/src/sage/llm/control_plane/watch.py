@@ -1,4 +1,4 @@
-"""Measure durations of an engine with the monotonic clock.
+"""Measure with the monotonic clock how long an engine has been in its state, has not answered, or has been idle.
 
 The time between two observations is added only up to a limit, so that a suspension of the control plane is not counted.
 """
@@ -13,7 +13,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 @dataclass
 class Watch:
-    """The durations of one engine, updated at each observation."""
+    """The measured durations of one engine, updated at each observation."""
 
     state: EngineState
     looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation

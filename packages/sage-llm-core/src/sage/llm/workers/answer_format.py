@@ -9,7 +9,7 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Known texts before and after a tool call. These texts are needed if a template contains no code that writes calls, and
+#: Known texts before and after a tool call. These texts are needed if a template contains no code that writes calls, but
 #: only describes calls in the system prompt (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),

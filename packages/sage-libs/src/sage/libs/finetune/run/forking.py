@@ -33,7 +33,7 @@ _KEPT = (StartedEvent, StepEvent, EvalEvent, SampleEvent, WarningEvent)
 
 
 def fork_spec(parent: RunDirectory, task_id: str, checkpoint: Checkpoint, options: Mapping[str, Any]) -> RunSpec:
-    """Return the spec of the new run. Its options are those of the original run at the checkpoint, updated with `options`.
+    """Return the spec of the new run: the options that the original run used at the checkpoint, updated with `options`.
 
     Raises ConfigError if one of the options cannot be changed, or if no step is left to train.
     """
@@ -99,7 +99,7 @@ def copy_history(parent: RunDirectory, checkpoint: Checkpoint, child: RunDirecto
 
 
 def _history(parent: RunDirectory, step: int) -> Iterator[AnyRunEvent]:
-    """Yield the events of the types in `_KEPT` that the original run recorded before the checkpoint of `step`."""
+    """Yield the events that the original run recorded before the checkpoint of `step`, if their type is in `_KEPT`."""
     saved = [end for event, end in parent.read_events() if isinstance(event, CheckpointEvent) and event.step == step]
     for event, end in parent.read_events():
         if saved and end >= saved[-1]:

@@ -44,7 +44,7 @@ def open_database(url: str) -> Engine:
 
 
 def parse_url(url: str) -> URL:
-    """Parse a database URL. For PostgreSQL, select the driver psycopg. Raises ConfigError if SAGE cannot use the URL."""
+    """Parse a database URL. The default driver for PostgreSQL is psycopg. Raises ConfigError if SAGE cannot use the URL."""
     message = "SAGE_DATABASE_URL is not a SQLAlchemy URL (dialect://user:password@host/database)."
     try:
         parsed = make_url(url)
@@ -96,7 +96,7 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Begin a transaction. If it writes, lock the database, so that no other transaction changes rows that it has read."""
+    """Begin a transaction. If the transaction writes, it locks the database, so that no other transaction can write."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
