@@ -65,7 +65,7 @@ _BY_STATUS: Mapping[int, type[SageError]] = {
 
 
 def codes_of(kind: type[SageError]) -> frozenset[str]:
-    """Return the codes of the errors of a class."""
+    """Return the codes that an error class uses."""
     return frozenset(_CODES.get(kind, "").split())
 
 

@@ -2,7 +2,7 @@
 
 A second engine, the merger, serves the merged model with the fastest backend. When the merger answers, the two engines swap
 servers in one write. The merger then unloads the adapter from the base model's server. If no other engine uses this server,
-the merger ends the server.
+the server ends with the merger.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def next_merge(
 ) -> Action | None:
     """Return the next action that merges the adapter of a running engine in the background, or None if no action is due.
 
-    engines: the engines that are not settled, by id.
+    engines: all engines except stopped, completed and failed engines. The keys are engine ids.
     """
     if engine.adapter is None or engine.merger_id is None:
         return None
@@ -57,5 +57,5 @@ def is_draining(engine: EngineRecord, watch: Watch) -> bool:
 
 
 def must_unload(engine: EngineRecord, observed: Observed) -> bool:
-    """Return whether a merger must unload its adapter before the server ends. Answers in progress are then completed."""
+    """Return whether a merger must unload its adapter before the server ends. Unloading waits for answers in progress."""
     return engine.merges is not None and engine.adapter is not None and engine.served_as in observed.models

@@ -1,7 +1,7 @@
 """The part of the plan for sleeping servers. A sleeping server keeps its process and releases its memory on the GPU.
 
-If the last engine of a server makes room for another engine, the server sleeps instead of exiting. The row of a sleeping
-server remains while a paused or queued engine has the id of the server. The next engine that needs the server wakes it.
+If the last engine of a server makes room for another engine, the server sleeps instead of exiting. The store
+keeps the row of a sleeping server while an engine needs this server. The next engine that starts on the server wakes it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +13,7 @@ from sage.llm.control_plane.idle import is_making_room
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 _ASLEEP = (ServerState.SLEEPING, ServerState.WAKING)
-#: States of an engine that can need a sleeping server.
+#: States in which an engine can need a sleeping server.
 _NEEDING = (
     EngineState.QUEUED, EngineState.PAUSED, EngineState.STARTING, EngineState.RUNNING, EngineState.STOPPING,
 )  # fmt: skip

@@ -27,7 +27,7 @@ _THINK_MARKERS = (
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The markers in a model's answers."""
+    """The markers of tool calls and reasoning in a model's answers."""
 
     call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer

@@ -17,7 +17,7 @@ _ROLE_ALIASES = {
 }  # fmt: skip
 #: Roles of turns whose text contains one or more tool calls of the assistant.
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-#: Fields that can exclude an answer from training: `weight` with the value 0, each other field with the value false.
+#: Fields that can exclude an answer from training: `weight` if its value is 0, any other field if its value is false.
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
 #: Possible names of the field that contains the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -39,7 +39,7 @@ class Conversation(NamedTuple):
     ignored: tuple[str, ...]  #: names of the fields that have no effect
 
     def with_prefix(self, messages: list[Message]) -> "Conversation":
-        """Return the conversation with messages inserted at the beginning."""
+        """Return this conversation with `messages` inserted at the beginning."""
         if not messages:
             return self
         untrained = frozenset(index + len(messages) for index in self.untrained)
@@ -120,7 +120,7 @@ def _turn(item: Any, where: str) -> _Turn:
         message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     flags = [name for name in _FLAGS if name in item]
     untrained = bool(flags) and _untrained(item, flags, where)
-    if role != "assistant" and not untrained:  # a flag such as `train: true` has no effect: only answers are trained on
+    if role != "assistant" and not untrained:  # if the turn is not an answer, a flag such as `train: true` has no effect
         ignored += flags
     return _Turn(message, is_call, untrained and role == "assistant", ignored)
 

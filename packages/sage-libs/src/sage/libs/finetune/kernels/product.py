@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-#: Approximate size of one chunk of rows, divided by the size of the L2 caches of all threads together.
+#: Approximate size of one chunk of rows, divided by the total size of the L2 caches of all threads.
 _CACHE_SHARE = 0.3
 #: Chunk sizes of products with lm_head. Such chunks fit the processor's cache. If lm_head must be cast to the compute
 #: dtype, a chunk has _CHUNK_VOCAB vocabulary entries. If not, a chunk of the backward pass has _CHUNK_ROWS tokens.

@@ -1,4 +1,4 @@
-"""A training run in phases: from loading the files to writing the result."""
+"""A training run: load the data and the model, train, and write the result."""
 
 import contextlib
 import logging

@@ -22,7 +22,7 @@ _CONNECT_SECONDS = 5
 class Report:
     """The state of a database."""
 
-    name: str  #: the URL without user and password, or the path of the file
+    name: str  #: the URL without user and password, or the path of the SQLite file
     fault: str = ""  #: why the database cannot be used; "": no fault
     exists: bool = True
     revision: str | None = None  #: None: the database is empty
