@@ -65,12 +65,12 @@ _BY_STATUS: Mapping[int, type[SageError]] = {
 
 
 def codes_of(kind: type[SageError]) -> frozenset[str]:
-    """Return the codes registered for an error class."""
+    """Return the codes that an error class uses."""
     return frozenset(_CODES.get(kind, "").split())
 
 
 def error_class(code: str, http_status: int | None = None) -> type[SageError]:
-    """Return the class of the errors with a code.
+    """Return the error class that uses a code.
 
     The HTTP status selects the class if several classes use the code, or if the code is unknown.
     """

@@ -12,7 +12,7 @@ from sage.common.files import replace_file
 from sage.common.paths import get_user_paths, private_folder
 from sage.common.processes import held_lock
 
-#: Environment variable with the key of a server.
+#: Name of the environment variable that contains the key of a server.
 KEY_VARIABLE = "SAGE_SERVER_KEY"
 
 

@@ -6,7 +6,7 @@ _ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Return whether a shortage caused an error, directly or through its causes. The same call can succeed later."""
+    """Return whether a shortage caused an error, or one of the causes of the error. The failed call can succeed later."""
     while error:
         if isinstance(error, OSError) and error.errno in _ERRNOS:
             return True

@@ -17,13 +17,13 @@ from sage.common.errors import BackupError
 
 _MANIFEST = "manifest.json"
 _BLOCK_BYTES = 1024 * 1024
-#: Level 1 is the fastest level. Weights, which are most of a backup, do not become smaller at higher levels.
+#: Level 1 is the fastest level. Model weights, which are most of a backup, do not become smaller at higher levels.
 _GZIP_LEVEL = 1
 _UNREADABLE = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)
 
 
 class Manifest(BaseModel):
-    """The content of a backup."""
+    """Description of a backup and the checksums of its files."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -31,8 +31,8 @@ class Manifest(BaseModel):
     sage_version: str
     created_at: str  #: ISO 8601, UTC
     has_database: bool
-    folders: dict[str, str]  #: paths of `config`, `state`, `data` and `cache` on the machine that wrote the backup
-    outputs: dict[str, str]  #: paths of the output folders, by the name of their folder in the archive
+    folders: dict[str, str]  #: paths of the folders `config`, `state`, `data`, `cache` on the machine that wrote the backup
+    outputs: dict[str, str]  #: keys: names of folders in the archive; values: original paths of these output folders
     files_sha256: dict[str, str] = {}
     content_bytes: int = 0  #: total size of the files
 
@@ -41,7 +41,7 @@ class ArchiveWriter:
     """Writes files into an archive and computes their checksums."""
 
     def __init__(self, file: IO[bytes], progress: Callable[[int], None]) -> None:
-        """progress: called with the number of bytes of each part that was written."""
+        """progress: called for each block of a file, with the number of bytes in the block."""
         self._gzip = gzip.GzipFile(fileobj=file, mode="wb", compresslevel=_GZIP_LEVEL)
         self._tar = tarfile.open(fileobj=self._gzip, mode="w")  # noqa: SIM115 - `finish` closes it
         self._progress = progress
@@ -69,7 +69,7 @@ class ArchiveWriter:
 
 
 class _Reader(io.RawIOBase):
-    """Reads a fixed number of bytes and hashes them. If the file has become shorter (a cut log), line breaks are added."""
+    """Reads and hashes exactly `size` bytes. If the file has become shorter, line breaks replace the missing bytes."""
 
     def __init__(self, file: IO[bytes], size: int, progress: Callable[[int], None]) -> None:
         self.sha256 = hashlib.sha256()
@@ -120,7 +120,7 @@ def extract(path: Path, target: Callable[[str], Path | None], progress: Callable
 
 
 def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the name and the open file of each member. Raises ValueError if a member is no file or has an unsafe path."""
+    """Yield the name and the open file of each member. Raises ValueError if a member is not a file or its path is unsafe."""
     with tarfile.open(path, "r|gz") as tar:
         for info in tar:
             name = PurePosixPath(info.name)

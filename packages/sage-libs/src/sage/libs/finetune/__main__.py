@@ -22,12 +22,12 @@ _POLL_SECONDS = 0.2
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command in `argv` and return the exit code. 0: the run is completed or stopped; 1: failure; 2: wrong usage."""
+    """Run the command in `argv` and return the exit code. 0: success, or the run was stopped; 1: failure; 2: wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m sage.libs.finetune", description="Fine-tune in the foreground.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train with the options of a YAML file")
     train.add_argument("--config", type=Path, required=True, help="YAML file with options of FinetuneConfig")
-    resume = commands.add_parser("resume", help="continue a run that was stopped or failed")
+    resume = commands.add_parser("resume", help="continue a stopped or failed run")
     resume.add_argument("task", help="id of the run, as printed by `train`")
     commands.add_parser("list", help="list the runs")
     arguments = parser.parse_args(argv)

@@ -90,7 +90,7 @@ class AsyncSageClient:
         return await self._send(calls.get(engine_id))
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request an engine to stop, without waiting for its exit. `force` kills the process."""
+        """Request that an engine stops. This method does not wait until the engine stops. `force` kills the process."""
         return await self._send(calls.stop(engine_id, force=force))
 
     async def pause_engine(self, engine_id: str) -> EngineView:
@@ -102,7 +102,10 @@ class AsyncSageClient:
         return await self._send(calls.queue())
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a position in the queue (from 1), or as near to it as the engine's priority allows."""
+        """Move a waiting engine to a position in the queue, or as near to this position as the engine's priority allows.
+
+        position: 1 is the first position.
+        """
         return await self._send(calls.move(engine_id, position))
 
     async def resume_engine(self, engine_id: str) -> EngineView:
@@ -125,7 +128,7 @@ class AsyncSageClient:
         return await self._send(calls.fork(engine_id, request))
 
     async def remove_engine(self, engine_id: str) -> None:
-        """Delete an engine that is stopped, completed or failed, with its log and checkpoints."""
+        """Delete a stopped, completed or failed engine and the engine's log and checkpoints."""
         await self._send(calls.remove(engine_id))
 
     async def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
@@ -143,7 +146,7 @@ class AsyncSageClient:
             yield line
 
     async def get_events(self, engine_id: str) -> list[EngineEvent]:
-        """Return the events of one engine so far, oldest first."""
+        """Return the past events of one engine, oldest first."""
         reader = streams.EventReader()
         return [
             event async for event in self._follow(lambda: calls.events(engine_id, reader.cursor, follow=False), reader, 0)
@@ -165,7 +168,10 @@ class AsyncSageClient:
         return await self._send(calls.changes(after, limit))
 
     async def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
-        """Yield the events of all engines after the position `after`, then each new event, without end."""
+        """Yield the events of all engines, starting after the event with the id `after`, then each new event, without end.
+
+        If `after` is "latest", only new events are yielded.
+        """
         cursor = (await self.changes(after)).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         async for event in self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds):
@@ -186,7 +192,7 @@ class AsyncSageClient:
     async def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
         """Create or replace a route.
 
-        engines: maps the id, name or model of each engine to its weight.
+        engines: the weight of each engine. The keys are ids, names or models of engines.
         fallback: id, name or model of the engine that answers if none of `engines` can answer.
         """
         return await self._send(calls.set_route(name, engines, fallback))
@@ -196,7 +202,7 @@ class AsyncSageClient:
         await self._send(calls.remove_route(name))
 
     async def devices(self) -> list[Device]:
-        """Return the GPUs and the main memory."""
+        """Return the GPUs and the main memory of the gateway's node."""
         return await self._send(calls.devices())
 
     async def estimate(self, model: str, **request: Any) -> EstimateView:

@@ -1,7 +1,8 @@
-"""The part of the plan for adapters that are merged in the background, while the server of the base answers.
+"""The part of the plan for adapters that are merged in the background, while the server of the base model answers.
 
 A second engine, the merger, serves the merged model with the fastest backend. When the merger answers, the two engines swap
-servers in one write. The merger then unloads the adapter, or ends the server of the base if no other engine uses it.
+servers in one write. The merger then unloads the adapter from the base model's server. If no other engine uses this server,
+the server ends with the merger.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.watch import Watch
 
-#: Seconds in which gateways may still send requests to the server that an engine had before a swap.
+#: Seconds after a swap in which gateways may still send requests to the previous server of an engine.
 _DRAIN_SECONDS = 5.0
 
 
@@ -23,9 +24,9 @@ def next_merge(
     servers: Mapping[str, ServerRecord],
     observed: Mapping[str, Observed],
 ) -> Action | None:
-    """Return the next action that merges the adapter of a running engine in the background, or None.
+    """Return the next action that merges the adapter of a running engine in the background, or None if no action is due.
 
-    engines: the engines that are not settled, by id.
+    engines: all engines except stopped, completed and failed engines. The keys are engine ids.
     """
     if engine.adapter is None or engine.merger_id is None:
         return None
@@ -42,7 +43,7 @@ def next_merge(
 
 
 def stop_merger(engine: EngineRecord, engines: Mapping[str, EngineRecord]) -> Action | None:
-    """Return the action that stops a merger whose result is no longer needed, or None for other engines."""
+    """Return the action that stops a merger whose result is no longer needed, or None if `engine` is not such a merger."""
     if engine.merges is None or engine.desired is DesiredState.STOPPED:
         return None
     merged = engines.get(engine.merges)
@@ -56,5 +57,5 @@ def is_draining(engine: EngineRecord, watch: Watch) -> bool:
 
 
 def must_unload(engine: EngineRecord, observed: Observed) -> bool:
-    """Return whether a merger must unload an adapter before its server ends, so that answers in progress are completed."""
+    """Return whether a merger must unload its adapter before the server ends. Unloading waits for answers in progress."""
     return engine.merges is not None and engine.adapter is not None and engine.served_as in observed.models

@@ -17,7 +17,7 @@ class NodeMemory:
     """The last measurement of the devices."""
 
     def __init__(self, measure: Callable[[Mapping[str, int]], Sequence[DeviceMemory]]) -> None:
-        """measure: blocking function that returns the devices, given the process of each server by server id."""
+        """measure: blocking function that returns the devices. Its argument is the same as the argument `pids` of `look`."""
         self._measure = measure
         self._devices: Sequence[DeviceMemory] | None = None
         self._measured_at_seconds = 0.0
@@ -25,7 +25,7 @@ class NodeMemory:
     async def look(self, pids: Mapping[str, int]) -> Memory | None:
         """Return the newest measurement of the devices, or None if no measurement has succeeded yet.
 
-        pids: the process of each server of this node, by server id.
+        pids: maps the id of each server of this node to the PID of its process.
         """
         if self._devices is None or time.monotonic() - self._measured_at_seconds >= _SECONDS:
             try:

@@ -39,14 +39,14 @@ class Reconciler:
     ) -> None:
         """memory: measures the devices. None: no engine waits for memory.
 
-        cores: the cores that engines share. None: each program uses its default number of threads.
+        cores: the cores that engines share. None: each server uses its default number of threads.
         """
         self._memory, self._cores, self._balancer = memory, cores, balancer
         self._store, self._pool, self._node = store, pool, node
         self._prober, self._runner, self._limits = prober, runner, limits
-        self.queue = Queue()  #: the decisions of the last tick in which this control plane was active
+        self.queue = Queue()  #: the decisions of the last tick; empty if this control plane is not active
         self._watches: dict[str, Watch] = {}
-        self._errors: dict[str, Exception] = {}  #: by engine id, or "" for an error that stopped the whole last tick
+        self._errors: dict[str, Exception] = {}  #: errors of the last tick, by engine id; "": error of the whole tick
 
     async def tick(self, *, is_active: bool) -> None:
         """Observe all engines and, if `is_active`, start the next actions. Errors are logged, and reported by `problems`."""
@@ -54,13 +54,13 @@ class Reconciler:
             self.queue = Queue()
         try:
             await self._tick(is_active=is_active)
-        except Exception as error:  # noqa: BLE001 - logged, and tried again
+        except Exception as error:  # noqa: BLE001 - logged; the next tick tries again
             self._note({"": error})
         else:
             self._note(self.queue.errors)
 
     def problems(self) -> list[str]:
-        """Return what the last tick could not do."""
+        """Return a message for each error of the last tick."""
         hint = "`sage gateway logs` shows the traceback."
         return [
             f"{f'The next action of {engine_id}' if engine_id else 'The next actions'} cannot be planned: "
@@ -90,7 +90,7 @@ class Reconciler:
             self._balancer.balance(engines, servers, observed)
 
     def silent_seconds(self, engine_id: str) -> float:
-        """Return the time since a running inference engine stopped answering, or 0 if it answers or was not observed yet."""
+        """Return how long a running inference engine has not answered. 0: the engine answers, or was not observed yet."""
         watch = self._watches.get(engine_id)
         return watch.silent_seconds if watch else 0.0
 

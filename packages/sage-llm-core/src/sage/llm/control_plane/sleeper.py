@@ -1,4 +1,4 @@
-"""Carry out the actions for servers that sleep; `sleeping.py` decides about them."""
+"""Carry out the actions for sleeping servers. The module `sleeping.py` decides which servers sleep."""
 
 import asyncio
 import functools
@@ -35,7 +35,10 @@ class Sleeper:
         self._ending: dict[str, asyncio.Task[None]] = {}
 
     async def act(self, action: Sleep | Wake) -> None:
-        """Carry out an action. Raises StaleWrite if the engine or the server was changed meanwhile, OSError to retry."""
+        """Carry out an action. Raises StaleWrite if the engine or the server was changed meanwhile.
+
+        If this method raises OSError, the caller can retry the action.
+        """
         match action:
             case Sleep(engine, server):
                 await self._sleep(engine, server)
@@ -43,7 +46,7 @@ class Sleeper:
                 await self._wake(engine, server)
 
     async def _sleep(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Let the server of the last engine sleep, and store that the engine is paused.
+        """Let a server sleep, and store that `engine`, the last engine of the server, is paused.
 
         If the server cannot sleep, it is marked as closing, so that the next plan stops its process.
         """
@@ -65,7 +68,7 @@ class Sleeper:
         logger.info("%s: paused, and %s sleeps", engine.id, server.id)
 
     async def _wake(self, engine: EngineRecord, server: ServerRecord) -> None:
-        """Wake a server. If it cannot wake, kill its process, so that the next plan launches another one."""
+        """Wake a server. If the server cannot wake, kill its process, so that the next plan launches a new process."""
         self._held_lease()
         try:
             await self._client.wake(server)

@@ -1,7 +1,7 @@
-"""The part of the plan for servers that sleep: they keep their process and release their memory on the GPU.
+"""The part of the plan for sleeping servers. A sleeping server keeps its process and releases its memory on the GPU.
 
-If the last engine of such a server makes room, the server sleeps instead of exiting. The row of a sleeping server remains
-while a paused or queued engine has its id. The next engine that needs the server wakes it.
+If the last engine of a server makes room for another engine, the server sleeps instead of exiting. The store
+keeps the row of a sleeping server while an engine needs this server. The next engine that starts on the server wakes it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,14 +13,14 @@ from sage.llm.control_plane.idle import is_making_room
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, ServerState
 
 _ASLEEP = (ServerState.SLEEPING, ServerState.WAKING)
-#: States of an engine that can need a sleeping server.
+#: States in which an engine can need a sleeping server.
 _NEEDING = (
     EngineState.QUEUED, EngineState.PAUSED, EngineState.STARTING, EngineState.RUNNING, EngineState.STOPPING,
 )  # fmt: skip
 
 
 def sleeps(engine: EngineRecord, server: ServerRecord) -> bool:
-    """Return whether the server of a stopping engine, which is its last one, sleeps instead of exiting."""
+    """Return whether the server of a stopping engine sleeps instead of exiting.  engine: the last engine of the server."""
     if not is_making_room(engine) or server.state not in (ServerState.LAUNCHED, ServerState.SLEEPING):
         return False
     is_on_gpu = any(device != "cpu" for device in server.devices or ())
@@ -28,7 +28,7 @@ def sleeps(engine: EngineRecord, server: ServerRecord) -> bool:
 
 
 def is_asleep(engine: EngineRecord, server: ServerRecord | None) -> bool:
-    """Return whether an engine that has no memory has a sleeping server."""
+    """Return whether an engine is paused or queued, and its server sleeps."""
     is_waiting = engine.state in (EngineState.PAUSED, EngineState.QUEUED)
     return is_waiting and server is not None and server.state is ServerState.SLEEPING
 
@@ -39,7 +39,7 @@ def unneeded(
     observed: Mapping[str, Observed],
     evicted: Collection[str],
 ) -> list[ServerRecord]:
-    """Return the sleeping servers to end: no engine needs them, their process is dead, or their memory is needed.
+    """Return the sleeping servers that must end: no engine needs them, their process has exited, or their memory is needed.
 
     evicted: ids of the servers whose memory is needed.
     """

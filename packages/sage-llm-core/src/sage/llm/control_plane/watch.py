@@ -1,4 +1,4 @@
-"""Measure durations of an engine with the monotonic clock.
+"""Measure with the monotonic clock how long an engine has been in its state, has not answered, or has been idle.
 
 The time between two observations is added only up to a limit, so that a suspension of the control plane is not counted.
 """
@@ -13,24 +13,25 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 @dataclass
 class Watch:
-    """The durations of one engine, updated at each observation."""
+    """The measured durations of one engine, updated at each observation."""
 
     state: EngineState
     looked_at_seconds: float = 0.0  #: time.monotonic() at the last observation
     state_seconds: float = 0.0
     silent_seconds: float = 0.0  #: time in state `running` without an answer to the health check
     ended_seconds: float = 0.0  #: time since a process that is still alive reported the end of its work
-    seen_alive: bool = False  #: this control plane has observed a living process of the engine
+    seen_alive: bool = False  #: whether this control plane has observed a living process of the engine
     served_as: str | None = None
     served_seconds: float = 0.0  #: time since the server loaded the current version of the adapter
     last_request_at: datetime | None = None
     idle_seconds: float = 0.0  #: time in the current state without a new request
-    is_stop_sent: bool = False  #: this control plane has sent the stop signal in the engine's current state
+    is_stop_sent: bool = False  #: whether this control plane has sent the stop signal in the engine's current state
 
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
-        """Add the time since the last call, at most `limit_seconds`, to each duration whose condition is still true.
+        """Add the time since the last call to the durations that continue, and reset the other durations.
 
-        observed: None if the engine could not be observed. Then `silent_seconds` and `ended_seconds` do not grow.
+        observed: None if the engine could not be observed. Then `silent_seconds` and `ended_seconds` do not change.
+        limit_seconds: maximum time to add.
         """
         passed_seconds = min(now_seconds - self.looked_at_seconds, limit_seconds)
         self.looked_at_seconds = now_seconds

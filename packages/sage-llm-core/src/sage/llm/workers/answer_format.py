@@ -9,8 +9,8 @@ from sage.libs.models.chat import ChatFormat
 
 _NAME, _VALUE, _THOUGHT = "zq7_call", "Zq7Zq7", "Zq8Zq8"
 _DECODER = json.JSONDecoder()
-#: Known texts before and after a tool call. They are needed if a template does not write calls itself, but only describes
-#: calls in the system prompt (Granite 3, Phi-4).
+#: Known texts before and after a tool call. These texts are needed if a template contains no code that writes calls, but
+#: only describes calls in the system prompt (Granite 3, Phi-4).
 _CALL_MARKERS = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call|>", "<|/tool_call|>"),
@@ -27,7 +27,7 @@ _THINK_MARKERS = (
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """The markers in a model's answers."""
+    """The markers of tool calls and reasoning in a model's answers."""
 
     call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
@@ -39,7 +39,7 @@ class AnswerFormat:
 
     @classmethod
     def of(cls, chat: ChatFormat) -> "AnswerFormat":
-        """Return the format of a model's answers. Runs the model's chat template: this can take long or never end."""
+        """Return the format of a model's answers. The method runs the chat template, which can take long or never end."""
         template = str(chat.tokenizer.chat_template or "")
         fields = _call_in_template(chat) or _markers_of_calls(chat, template)
         if not fields and (declared := _declared_markers(chat.tokenizer, "tool_calls"))[0]:
@@ -48,7 +48,7 @@ class AnswerFormat:
         return cls(**fields, think_open=opening, think_close=closing)
 
     def special_tokens(self, tokenizer: Any) -> frozenset[int]:
-        """Return the special tokens that are part of a marker, and must therefore stay in the text of an answer."""
+        """Return the ids of the special tokens in the markers. These tokens must stay in the text of an answer."""
         markers = [self.call_open or "", self.call_close, self.think_open, self.think_close, "[ARGS]", "[CALL_ID]"]
         special = set(tokenizer.all_special_ids)
         return frozenset(
@@ -69,7 +69,7 @@ def _call_in_template(chat: ChatFormat) -> dict[str, Any]:
     parameters = {"type": "object", "properties": {"x": {"type": "string"}}}
     tools = [{"type": "function", "function": {"name": _NAME, "description": "d", "parameters": parameters}}]
     text = header = ""
-    with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
+    with contextlib.suppress(Exception):  # a template can raise any exception
         text = chat.render([asked, called], tools)
         header = chat.header([asked], tools, text)
     answer = text[len(header) :]
@@ -125,7 +125,7 @@ def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
 def _markers_of_reasoning(chat: ChatFormat, template: str) -> tuple[str, str] | None:
     text = ""
     answered = {"role": "assistant", "content": _VALUE, "reasoning_content": _THOUGHT}
-    with contextlib.suppress(Exception):  # templates raise all kinds of exceptions
+    with contextlib.suppress(Exception):  # a template can raise any exception
         text = chat.render([{"role": "user", "content": "Hi"}, answered])
     before, _, after = text.partition(_THOUGHT)
     for opening, closing in _THINK_MARKERS:

@@ -1,4 +1,4 @@
-"""Run the answers in progress as a batch, one forward pass after another, on one thread.
+"""Compute the answers in progress as a batch. One thread runs one forward pass after another.
 
 A slot is a place for one answer in the batch. A pass computes one token of each answer and a limited number of prompt
 tokens. Therefore a long prompt does not stop the other answers.
@@ -23,7 +23,7 @@ from sage.llm.workers.packed import Abandoned, Part
 from sage.llm.workers.runners import Runner
 from sage.llm.workers.sampling import Piece
 
-#: Time after the last request in which the batch is still active.
+#: The batch remains active for this time after the last request has ended.
 _ACTIVE_SECONDS = 10.0
 
 
@@ -54,8 +54,8 @@ class Batch(JobThread):
     def __init__(self, runner: Runner, slots: int, cache_tokens: int | None = None) -> None:
         """slots: maximum number of answers in progress.
 
-        cache_tokens: maximum number of tokens in all prompts and answers in progress. None: no limit. If one answer with its
-        prompt exceeds the limit, it is computed when no other answer is in progress.
+        cache_tokens: maximum total number of tokens of the answers in progress and their prompts. None: no limit. If one
+        prompt and its answer together exceed the limit, this answer is computed while no other answer is in progress.
         """
         self._runner, self._slots, self._cache_tokens = runner, slots, cache_tokens
         self._arrivals: SimpleQueue[_Request | Callable[[], None] | None] = SimpleQueue()
@@ -63,7 +63,7 @@ class Batch(JobThread):
         self._rows: list[_Row] = []
         self._is_open = True
         self._ended_at_seconds = -math.inf  #: when the last request ended
-        self.threads = torch.get_num_threads()  #: CPU threads of a pass
+        self.threads = torch.get_num_threads()  #: number of CPU threads that compute a pass
         super().__init__("Generation")
 
     @property
@@ -73,13 +73,13 @@ class Batch(JobThread):
 
     @property
     def is_active(self) -> bool:
-        """Whether requests are in progress, or the last request ended a few seconds ago."""
+        """Whether a request is in progress, or has ended within the last `_ACTIVE_SECONDS`."""
         return bool(self._requests) or time.monotonic() - self._ended_at_seconds < _ACTIVE_SECONDS
 
     async def set_threads(self, threads: int) -> None:
         """Change the number of CPU threads before the next pass."""
 
-        def change() -> None:  # the number of threads belongs to the thread that calls this function
+        def change() -> None:  # torch changes this number only for the calling thread
             torch.set_num_threads(threads)
             self.threads = threads
 
@@ -94,7 +94,7 @@ class Batch(JobThread):
         self._arrivals.put(_Request(job, deque(answers), adapter))
 
     async def between_passes(self, function: Callable[[], None]) -> None:
-        """Call a function between two passes, and wait for its end. Raises SageError if the function fails."""
+        """Call a function between two passes, and wait until it has returned. Raises SageError if the function fails."""
         job: Job[None] = Job()
         self._track(job)
 

@@ -14,7 +14,8 @@ from sage.llm.workers.embedding_queue import Batcher
 from sage.llm.workers.jobs import Lane, unless_gone
 from sage.llm.workers.requests import EmbeddingRequest
 
-#: Maximum number of tokens in a batch, with padding. On a CPU, larger batches are not faster, and delay other requests.
+#: Maximum number of tokens in a batch, including padding tokens. On a CPU, larger batches do not compute more tokens per
+#: second, but delay other requests.
 _CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 16_384
 
 
@@ -64,7 +65,7 @@ def _response(request: EmbeddingRequest, vectors: list[Tensor], tokens: int) -> 
 
 
 def _shortened(vector: Tensor, dimensions: int | None) -> Tensor:
-    """Return the first `dimensions` components of a vector, normalized again, as OpenAI does. None: all components."""
+    """Return the first `dimensions` components of a vector, normalized again as in OpenAI's API. None: the whole vector."""
     return vector if dimensions is None else torch.nn.functional.normalize(vector[:dimensions], dim=0)
 
 

@@ -1,6 +1,6 @@
 """Serve chats and completions with OpenVINO: `python -m sage.llm.workers openvino --model M --port P`.
 
-The server runs in the environment of the backend, and imports SAGE, torch and transformers from SAGE's environment.
+The server runs in the environment of the OpenVINO backend, and imports SAGE, torch and transformers from SAGE's environment.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Run the tokens of several answers in one forward pass, concatenated in one row, without padding.
+"""Compute the tokens of several answers in one forward pass. The tokens are concatenated into one row, without padding.
 
 The linear layers compute all tokens together. Attention is computed separately for each answer, with the keys and values of
 this answer.
@@ -15,14 +15,14 @@ from transformers import AttentionInterface
 
 from sage.llm.workers.adapters import Adapter, Adapters
 
-#: Name of this attention function in transformers.
+#: Name of the function `_attention` in transformers.
 ATTENTION = "sage_serving_packed"
 #: Usual capacity of a cache after its first allocation, in tokens.
 _FIRST_ROOM_TOKENS = 256
 #: Maximum number of prompt tokens in a pass. The number is small on a CPU, where a large pass would delay all answers.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
 
-#: Number of tokens in the prompt that tests a new adapter. They are enough for a mixture of experts to use several experts.
+#: Number of tokens in the prompt that tests a new adapter. In a mixture-of-experts model, this prompt uses several experts.
 _PROBE_TOKENS = 16
 
 
@@ -40,9 +40,9 @@ class KeyValueCache:
         self.length = 0  #: number of stored tokens
 
     def reserve(self, tokens: int, key: Tensor, value: Tensor) -> None:
-        """Increase the capacity if `tokens` more tokens do not fit.
+        """Increase the capacity if the cache has no space for `tokens` additional tokens.
 
-        key, value: (kv_heads, any, head_dim). The cache gets the sizes, data type and device of these tensors.
+        key, value: (kv_heads, any, head_dim). The cache gets the kv_heads, head_dim, dtype and device of these tensors.
         """
         if self.length + tokens <= self._room:
             return
@@ -64,7 +64,7 @@ class Part:
 
     cache: Any
     tokens: list[int]
-    wants_all_logits: bool = False  #: False: only the logits after the last token are needed
+    wants_all_logits: bool = False  #: False: only the logits of the last token are needed
     adapter: Adapter | None = None  #: None: only the base model
 
 
@@ -72,9 +72,9 @@ class _Pass:
     def __init__(self, parts: list[Part], check: Callable[[], None]) -> None:
         self._parts, self._check = parts, check
         self._lengths = [len(part.tokens) for part in parts]
-        self._places: list[tuple[Any, Any, Any, Any]] = []  #: by part: new keys, new values, all keys, all values
+        self._places: list[tuple[Any, Any, Any, Any]] = []  #: of each part: new keys, new values, all keys, all values
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        self.windows: dict[int, int | None] = {}  #: sliding window by layer
+        self.windows: dict[int, int | None] = {}  #: size of the sliding window, by layer index; None: no window
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
         """Store keys and values, and return the output of attention, (1, tokens, heads, head_dim).
@@ -128,7 +128,7 @@ class _Pass:
         return output.reshape(heads, tokens, -1).transpose(0, 1)
 
     def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return the mask that is added to the scores, (tokens, length). None: causal attention over the whole prompt."""
+        """Return the mask that is added to the attention scores, (tokens, length), or None if no mask is needed."""
         if tokens == length and (window is None or window >= length):
             return None
         if (at, window) not in self._masks:
@@ -163,7 +163,7 @@ class PackedRunner:
         self.adapters = Adapters(model)
         self._layers = int(model.config.get_text_config().num_hidden_layers)
         self.prompt_tokens = _PROMPT_TOKENS[model.device.type]
-        self.windows: dict[int, int | None] = {}  #: sliding window of each layer in the last pass
+        self.windows: dict[int, int | None] = {}  #: sizes of the sliding windows in the last pass, by layer index
 
     def new_cache(self, limit_tokens: int) -> KeyValueCache:
         """Return an empty cache for an answer.  limit_tokens: maximum length of prompt and answer together."""

@@ -1,7 +1,7 @@
 """Check whether a request is allowed to use the gateway.
 
-If an API key is set, a request must send the key. If no API key is set, only requests from programs on this machine are
-accepted; requests from web pages of other sites are rejected.
+If an API key is set, a request must send the key. If no API key is set, the gateway accepts only requests from this machine,
+and rejects requests that web pages of other sites send.
 """
 
 import functools
@@ -34,7 +34,10 @@ def check_exposure(settings: Settings) -> None:
 
 
 def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
-    """Check a request's headers. Raises Unauthorized if the API key is wrong, Refusal if a web page sent the request."""
+    """Check a request's headers. Raises Unauthorized if the API key is missing or wrong.
+
+    Raises Refusal if a web page of another site sent the request, and no API key is set.
+    """
     if key is None:
         _refuse_pages(headers)
     elif path not in _OPEN_PATHS:

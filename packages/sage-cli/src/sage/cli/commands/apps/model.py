@@ -33,7 +33,7 @@ def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Folder of a model (safetensors or GGUF) or an adapter.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that contains a model (safetensors or GGUF) or an adapter.")],
     name: Annotated[str | None, typer.Option(help="New name, such as org/name; default: the folder's name.")] = None,
 ) -> None:
     """Check a model and copy it into the models folder."""
@@ -54,7 +54,7 @@ class Format(StrEnum):
 
 
 class Precision(StrEnum):
-    """The precisions of GGUF files and of OpenVINO's format, repeated for the same reason as `Format`."""
+    """The precisions of GGUF files and of OpenVINO's format, repeated here so that `--help` does not import the library."""
 
     f32 = "f32"
     bf16 = "bf16"
@@ -71,21 +71,21 @@ class Precision(StrEnum):
 
 @app.command("export")
 def export(
-    source: Annotated[str, typer.Argument(metavar="ENGINE_OR_FOLDER", help="Engine, folder, or name in the models folder.")],
+    source: Annotated[str, typer.Argument(metavar="ENGINE_OR_FOLDER", help="Engine id, folder, or model name.")],
     format_: Annotated[
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT; merged: safetensors, adapter merged in; gguf: for llama.cpp; openvino: OpenVINO GenAI; "
-            "ollama: GGUF and Modelfile.",
+            help="adapter: PEFT's format; merged: safetensors, an adapter is merged into its base; gguf: a file for "
+            "llama.cpp; openvino: files for OpenVINO GenAI; ollama: a GGUF file and a Modelfile.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="New folder for the result.")],
     quantize: Annotated[
         Precision | None,
         typer.Option(
-            help="Precision of the weights. For gguf and ollama, the default is the model's precision. For openvino: "
-            "none (fp32), int8 or int4."
+            help="Precision of the weights. Default for gguf and ollama: the model's precision. Values for openvino: none "
+            "(fp32, the default), int8, int4."
         ),
     ] = None,
 ) -> None:

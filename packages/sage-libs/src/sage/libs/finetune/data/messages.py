@@ -15,9 +15,9 @@ _ROLE_ALIASES = {
     "chatgpt": "assistant", "function": "tool", "observation": "tool", "function_response": "tool",
     "tool_response": "tool", "tool_result": "tool",
 }  # fmt: skip
-#: Roles of turns whose text is a tool call of the assistant, or a list of tool calls.
+#: Roles of turns whose text contains one or more tool calls of the assistant.
 _CALL_ROLES = ("function_call", "tool_call", "tool_calls")
-#: Fields that can exclude an answer from training: `weight` with the value 0, the others with the value false.
+#: Fields that can exclude an answer from training: `weight` if its value is 0, any other field if its value is false.
 _FLAGS = ("weight", "loss", "train", "trainable", "training", "train_on_turn")
 #: Possible names of the field that contains the assistant's reasoning.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -25,7 +25,7 @@ _INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
 _CONTENT = {"role", "content", "from", "value"}
 _OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
 _DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
-#: Fields without text for the model, such as ids, which are ignored without a finding.
+#: Fields that contain no text for the model, such as ids. These fields are ignored without a finding.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
 })  # fmt: skip
@@ -39,7 +39,7 @@ class Conversation(NamedTuple):
     ignored: tuple[str, ...]  #: names of the fields that have no effect
 
     def with_prefix(self, messages: list[Message]) -> "Conversation":
-        """Return the conversation with messages inserted at the beginning."""
+        """Return this conversation with `messages` inserted at the beginning."""
         if not messages:
             return self
         untrained = frozenset(index + len(messages) for index in self.untrained)
@@ -54,13 +54,13 @@ class _Turn(NamedTuple):
 
 
 def read_conversation(value: Any, where: str) -> Conversation:
-    """Parse a list of turns.  where: name of the record's field. Raises RecordError with the position of the turn."""
+    """Parse a list of turns.  where: name of the record's field. Raises RecordError if a turn is invalid."""
     items = _transposed(value) or list_of(value, where)
     return _read([(item, f"{where}[{index}]") for index, item in enumerate(items)], f"{where}[].")
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Convert an object of lists, which old versions of `datasets` write, to a list of turns; other values: None."""
+    """Convert an object of lists, the format of old versions of `datasets`, to a list of turns. Other values: None."""
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:
@@ -120,7 +120,7 @@ def _turn(item: Any, where: str) -> _Turn:
         message["content"] = text_of(item.get(content_key), f"{where}.{content_key}")
     flags = [name for name in _FLAGS if name in item]
     untrained = bool(flags) and _untrained(item, flags, where)
-    if role != "assistant" and not untrained:  # a flag such as `train: true` has no effect: only answers are trained on
+    if role != "assistant" and not untrained:  # if the turn is not an answer, a flag such as `train: true` has no effect
         ignored += flags
     return _Turn(message, is_call, untrained and role == "assistant", ignored)
 

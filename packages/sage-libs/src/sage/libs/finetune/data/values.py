@@ -35,7 +35,7 @@ def json_problem(error: ValueError | RecursionError) -> str:
 
 
 def unpacked(value: Any) -> Any:
-    """Decode a JSON text that contains a list or object, such as a CSV cell; return any other value unchanged.
+    """Decode a JSON text that contains a list or an object, for example from a CSV cell. Return any other value unchanged.
 
     Use this function only for fields that must be lists or objects. In other fields, JSON text is text to train on.
     """
@@ -60,7 +60,7 @@ def _is_packed(value: Any) -> bool:
 
 
 def list_of(value: Any, where: str) -> list[Any]:
-    """Return a list; a list given as JSON text is decoded."""
+    """Return `value` if it is a list. If `value` is the JSON text of a list, decode it."""
     if _is_packed(value):
         value = decoded(value, f"'{where}'", "Write the list as JSON, with double quotes.")
     if not isinstance(value, list):
@@ -88,7 +88,7 @@ def _part_text(part: Mapping[str, Any], where: str) -> str:
 
 
 def encodable(text: str, where: str) -> str:
-    """Return a text unchanged; raises RecordError if it contains a lone surrogate (half a character)."""
+    """Return a text unchanged. Raises RecordError if the text contains a lone surrogate (half a character)."""
     if not text.isascii():
         try:
             text.encode()
@@ -104,7 +104,7 @@ def check_encodable(value: Any, where: str) -> None:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a copy of a value without the keys whose value is null, also in nested objects and lists."""
+    """Return a copy of a JSON value. All fields that are null are removed from objects, including nested objects."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

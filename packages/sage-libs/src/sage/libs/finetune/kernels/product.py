@@ -5,9 +5,9 @@ import functools
 import torch
 from torch import Tensor
 
-#: Approximate size of one chunk of rows, divided by the size of the L2 caches of all threads together.
+#: Approximate size of one chunk of rows, divided by the total size of the L2 caches of all threads.
 _CACHE_SHARE = 0.3
-#: Chunk sizes of products with lm_head, so that a chunk fits the processor's cache. If lm_head must be cast to the compute
+#: Chunk sizes of products with lm_head. Such chunks fit the processor's cache. If lm_head must be cast to the compute
 #: dtype, a chunk has _CHUNK_VOCAB vocabulary entries. If not, a chunk of the backward pass has _CHUNK_ROWS tokens.
 _CHUNK_ROWS, _CHUNK_VOCAB = 192, 4096
 
@@ -17,7 +17,7 @@ def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
 
     left: (rows, inner).  right: (inner, columns).  On a CPU in bf16, oneDNN reads the whole of `left` again for each
     strip of columns of `right`. If the result has fewer columns than `left`, `left` is therefore split into chunks of rows
-    that fit the cache, and the product of each chunk is computed separately.
+    that fit the cache. The product of each chunk is computed separately.
     """
     pieces = _pieces(left, right)
     if pieces == 1:

@@ -28,12 +28,12 @@ _CHANGEABLE = (
     "output_dir", "learning_rate", "lr_scheduler", "warmup_steps", "max_grad_norm", "max_steps", "eval_steps",
     "early_stopping_patience", "sample_prompts", "keep_best", "save_steps", "keep_checkpoints", "beta",
 )  # fmt: skip
-#: Events of the original run that the new run keeps, up to the checkpoint.
+#: Types of the events that a new run copies from the original run, up to the checkpoint.
 _KEPT = (StartedEvent, StepEvent, EvalEvent, SampleEvent, WarningEvent)
 
 
 def fork_spec(parent: RunDirectory, task_id: str, checkpoint: Checkpoint, options: Mapping[str, Any]) -> RunSpec:
-    """Return the spec of the new run: the options that the original run used at the step, and the changed options.
+    """Return the spec of the new run: the options that the original run used at the checkpoint, updated with `options`.
 
     Raises ConfigError if one of the options cannot be changed, or if no step is left to train.
     """
@@ -57,7 +57,7 @@ def fork_spec(parent: RunDirectory, task_id: str, checkpoint: Checkpoint, option
 
 
 def checkpoint_to_fork(parent: RunDirectory, step: int | None) -> Checkpoint:
-    """Return the checkpoint of a step, or the newest one if `step` is None. Raises NotFound."""
+    """Return the checkpoint of a step, or the newest checkpoint if `step` is None. Raises NotFound."""
     found = list_checkpoints(parent.path)
     for checkpoint in reversed(found):
         if step in (None, checkpoint.step):
@@ -72,10 +72,10 @@ def checkpoint_to_fork(parent: RunDirectory, step: int | None) -> Checkpoint:
 
 
 def copy_history(parent: RunDirectory, checkpoint: Checkpoint, child: RunDirectory) -> None:
-    """Write the checkpoint and the events up to its step into the folder of the new run.
+    """Write the checkpoint and the events up to the checkpoint into the folder of the new run.
 
-    The files of the checkpoint are hard links, so that they remain if the original run removes its checkpoint.
-    Raises NotFound if the original run has removed the checkpoint, RunError if the checkpoint is damaged.
+    The new files are hard links, so that they remain if the original run removes the checkpoint.
+    Raises NotFound if the original run has removed the checkpoint, and RunError if the checkpoint is damaged.
     """
     target = child.path / checkpoint.path.name
     try:
@@ -99,7 +99,7 @@ def copy_history(parent: RunDirectory, checkpoint: Checkpoint, child: RunDirecto
 
 
 def _history(parent: RunDirectory, step: int) -> Iterator[AnyRunEvent]:
-    """Yield the events before the checkpoint of a step."""
+    """Yield the events that the original run recorded before the checkpoint of `step`, if their type is in `_KEPT`."""
     saved = [end for event, end in parent.read_events() if isinstance(event, CheckpointEvent) and event.step == step]
     for event, end in parent.read_events():
         if saved and end >= saved[-1]:

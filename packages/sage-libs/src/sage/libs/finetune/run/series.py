@@ -1,4 +1,4 @@
-"""The steps of a run, read incrementally and kept in bounded memory."""
+"""Read the steps of a run incrementally, and keep a limited number of steps in memory."""
 
 import bisect
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sage.common.training import StepEvent, TrainingStep
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: Number of steps that remain after downsampling. If memory contains more than twice this number, steps are downsampled.
+#: Maximum number of steps after downsampling. If more than twice this number of steps is in memory, steps are downsampled.
 KEPT_STEPS = 5_000
 
 

@@ -25,7 +25,7 @@ def trim_heap() -> None:
 
 
 def available_bytes() -> int:
-    """Return the bytes that this process can still allocate on the machine (with swap) and within its container limits."""
+    """Return how many bytes this process can still allocate. Swap is included, and container limits are respected."""
     return min([psutil.virtual_memory().available + psutil.swap_memory().free, *_available_in_cgroups()])
 
 
@@ -56,8 +56,8 @@ def limit_gpu_memory() -> None:
 def refuse_beyond_limit() -> None:
     """Limit the memory of this process, so that an allocation beyond the machine's or the container's memory fails.
 
-    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On other systems
-    than Linux, this function does nothing.
+    A training step can recover from a failed allocation, but not from the kernel's out-of-memory killer. On systems
+    other than Linux, this function does nothing.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""A training run in phases: from loading the files to writing the result."""
+"""A training run: load the data and the model, train, and write the result."""
 
 import contextlib
 import logging
@@ -70,7 +70,7 @@ class TrainingRun:
             plan = plan.fitted(self.data.largest_batch)
         self.report.progress("loading the model")
         chosen: Precision = self.team.broadcast(plan and plan.precision)
-        if not self.team.is_main_process:  # read the dataset that the main process has stored
+        if not self.team.is_main_process:  # the other processes read the dataset that the main process has stored
             self.data = self._load_data()
         self.heldout = HeldOut(
             run, self.data.heldout, stop.check, batch_size=config.batch_size, eval_steps=config.eval_steps,
@@ -102,7 +102,7 @@ class TrainingRun:
         return needed_bytes, plan.is_scarce(self.data.largest_batch)
 
     def _reduce(self, reduction: Reduction) -> None:
-        """Compute smaller micro-batches from the first step on; never larger ones than an earlier process of the run."""
+        """Apply a memory reduction from the first step on. An earlier, larger reduction of the run remains in effect."""
         status = read_status(self.run)
         halvings = max(reduction.halvings, status.halvings)
         checkpointing = reduction.checkpointing or status.activation_checkpointing
@@ -125,7 +125,7 @@ class TrainingRun:
         try:
             self._lead()
         except Exception:
-            self.team.check()  # the failure of another process is possibly the cause
+            self.team.check()  # exit if another process has failed, because that failure is possibly the cause
             raise
         finally:
             self.team.close()
@@ -169,7 +169,7 @@ class TrainingRun:
 
     def _train(self, checkpoint: str | None) -> int:
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves more address space than the limit allows
+        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves too much address space for this limit
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)
@@ -273,11 +273,11 @@ class TrainingRun:
         return self.changes.options.max_steps or checkpoint.total_steps()
 
     def _total_steps(self) -> int:
-        """Return the total number of optimizer steps. It is changed by users, or calculated as in the Trainer."""
+        """Return the total number of optimizer steps: `max_steps` if it is set, else the number for all epochs."""
         return self.changes.options.max_steps or self._planned_steps()
 
     def _planned_steps(self) -> int:
-        """Return the number of optimizer steps for the number of epochs, calculated in the same way as in the Trainer."""
+        """Return the number of optimizer steps in all epochs. The Trainer uses the same formula."""
         assert isinstance(self.data.packs, Packs)
         micro_batches = math.ceil(len(self.data.packs) / self.data.micro_batch)
         steps_per_epoch = math.ceil(math.ceil(micro_batches / self.team.size) / self.config.gradient_accumulation_steps)

@@ -1,4 +1,4 @@
-"""Export a model into a new folder by running the steps in order. This module does not import torch."""
+"""Export a model into a new folder. Each step of an export is a separate process, so this module does not import torch."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def silent(step: str, size_bytes: int) -> None:
     """Ignore a progress report."""
 
 
-#: Files in an adapter's folder that are copied by an export.
+#: Files that an export copies from an adapter's folder.
 _ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "tokenizer*", "chat_template.jinja", "special_tokens_map.json",
     "added_tokens.json", "vocab.*", "merges.txt",
@@ -41,7 +41,8 @@ def export_model(
 ) -> None:
     """Write a model and a model card into a new folder; after any exception, the folder is removed.
 
-    precision: a key of PRECISIONS for a GGUF file, or of OPENVINO_PRECISIONS; None: the model's precision (OpenVINO: fp32).
+    precision: for GGUF files, a key of PRECISIONS; for OpenVINO's format, a key of OPENVINO_PRECISIONS. None: the precision
+    of the model for GGUF files, fp32 for OpenVINO's format.
     llama_cpp: required for GGUF files.  open_vino: required for OpenVINO's format.
     Raises ConfigError, ModelError or OutputError.
     """
@@ -80,7 +81,7 @@ def write_gguf(
 ) -> dict[str, Any]:
     """Write `model.gguf` into a folder, and check that llama.cpp tokenizes prompts in the same way as transformers.
 
-    precision: a key of PRECISIONS; None: the model's precision.  modelfile: path for Ollama's Modelfile; None: not written.
+    precision: a key of PRECISIONS; None: the model's precision.  modelfile: path for Ollama's Modelfile; None: no Modelfile.
     Returns the model's default sampling settings and its context length in tokens.
     Raises ModelError if llama.cpp does not support the model or tokenizes a prompt differently.
     """
@@ -105,7 +106,7 @@ def write_gguf(
 def write_openvino(
     name: str, folder: Path, quantize: str, open_vino: OpenVino, *, with_tokenizer: bool = False, report: Report = silent
 ) -> None:
-    """Write a model in OpenVINO's format into a folder, with its configuration, tokenizer and chat template.
+    """Write a model in OpenVINO's format and the model's configuration, tokenizer and chat template into a folder.
 
     quantize: a key of OPENVINO_PRECISIONS.  with_tokenizer: also write the tokenizer in OpenVINO's format, and check that
     OpenVINO GenAI tokenizes prompts in the same way as transformers.

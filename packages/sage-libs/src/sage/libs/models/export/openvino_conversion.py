@@ -1,7 +1,8 @@
-"""The step of an export that converts a model to OpenVINO's format, for OpenVINO GenAI and for SAGE's OpenVINO backend.
+"""Convert a model to OpenVINO's format, as one step of an export. OpenVINO GenAI and SAGE's OpenVINO backend use the format.
 
 The step runs in SAGE's interpreter, because it needs torch and transformers. The step imports OpenVINO from the
-environment of the backend. The converted model stores keys and values as OpenVINO states, as Optimum Intel does.
+environment of the OpenVINO backend. Converted models store keys and values as OpenVINO states. Models that Optimum Intel
+converts have the same states.
 """
 
 import argparse
@@ -26,7 +27,7 @@ _ATTENTION = "sage_openvino_export"
 _VARYING_ROPE = frozenset({"dynamic", "longrope"})
 #: Largest difference between the logits of transformers and of OpenVINO, relative to the largest logit.
 _TOLERANCE = 1e-3
-#: Number of weights with one scale in int4.
+#: Number of weights that share one scale in int4.
 _INT4_GROUP = 32
 
 
@@ -37,7 +38,7 @@ class _Shape(NamedTuple):
 
 class _Layers:
     def __init__(self, past: tuple[Tensor, ...], order: Tensor, mask: Tensor | None) -> None:
-        """past: keys and values of each layer, or () to record the shapes.  order: index in `past` of each sequence."""
+        """past: keys and values of each layer, or () to record the shapes.  order: row of each sequence in `past`."""
         self._past, self._order, self._mask = past, order, mask
         self.present: list[Tensor] = []
 
@@ -90,10 +91,10 @@ class _Stateful(torch.nn.Module):
 
 
 def convert(folder: Path, target: Path, quantize: str) -> None:
-    """Write a model as `openvino_model.xml` and `.bin`; the weights are fp32, or quantized to `quantize`.
+    """Write a model as `openvino_model.xml` and `openvino_model.bin`.
 
-    Before the quantization, the logits are compared with the logits of transformers. Raises ModelError if OpenVINO does not
-    support the model.
+    quantize: precision of the weights; "none": fp32. Before the quantization, OpenVINO's logits are compared with the logits
+    of transformers. Raises ModelError if OpenVINO does not support the model.
     """
     import openvino
 
@@ -105,7 +106,7 @@ def convert(folder: Path, target: Path, quantize: str) -> None:
         converted = _converted(model)
     except ModelError:
         raise
-    except Exception as error:  # unsupported models raise all kinds of exceptions
+    except Exception as error:  # the conversion of an unsupported model can raise any exception
         raise _unsupported(folder, first_line(error)) from error
     difference = float((_logits(converted, prompt) - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
@@ -168,7 +169,7 @@ def _set_initial_states(converted: Any) -> None:
 
 
 def _logits(converted: Any, prompt: list[int]) -> Tensor:
-    """Return the logits of the last token. The prompt is sent in two parts; the second uses the stored keys and values."""
+    """Return the logits of the last token. The prompt is sent in two parts, to test the stored keys and values too."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -185,7 +186,7 @@ def _logits(converted: Any, prompt: list[int]) -> Tensor:
 
 
 def _quantized(converted: Any, quantize: str) -> Any:
-    """Quantize the weights; with int4, embeddings and head are quantized to int8."""
+    """Quantize the weights. With int4, the weights of the embeddings and of lm_head are quantized to int8."""
     import nncf
 
     if quantize == "int8":
@@ -229,12 +230,12 @@ def _unsupported(folder: Path, problem: str) -> ModelError:
 
 
 def main() -> None:
-    """Run the conversion with the arguments of the command line; with --with-tokenizer, read probes from standard input."""
+    """Run the conversion with the arguments of the command line. If --with-tokenizer is set, read probes from stdin."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--quantize", choices=OPENVINO_PRECISIONS, required=True)
-    parser.add_argument("--packages", type=Path, required=True, help="Folder of the environment with OpenVINO.")
+    parser.add_argument("--packages", type=Path, required=True, help="Folder that contains the package openvino.")
     parser.add_argument("--with-tokenizer", action="store_true")
     given = parser.parse_args()
     sys.path.append(str(given.packages))

@@ -1,4 +1,4 @@
-"""The backend for SAGE's own server for embeddings, which uses sentence-transformers."""
+"""The backend for SAGE's own embedding server. The server uses sentence-transformers."""
 
 import sys
 from typing import ClassVar

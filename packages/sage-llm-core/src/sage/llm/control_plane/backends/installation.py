@@ -21,7 +21,7 @@ from sage.llm.control_plane.backends.environments import MARKER, Environment, pr
 Report = Callable[[str], None]
 _POLL_SECONDS = 0.2
 _CHECK_SECONDS = 180
-#: Number of lines at the end of pip's output that are searched for the reason of a failure.
+#: Number of lines at the end of pip's output. After a failure, SAGE searches these lines for the reason.
 _TAIL_LINES = 200
 #: Texts in pip's output which show that the package index cannot be reached.
 _UNREACHABLE = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "ReadTimeout", "ProxyError", "SSLError",
@@ -33,10 +33,10 @@ _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX
 
 
 def install(environment: Environment, report: Report) -> bool:
-    """Install an environment. Return False if it is already installed.
+    """Install an environment, or return False if the environment is already installed.
 
     report: receives each line of pip's output. A failed or interrupted installation is removed.
-    Raises BackendError if the index cannot be reached, the disk is too small, or pip fails.
+    Raises BackendError if the package index cannot be reached, the disk has too little free space, or pip fails.
     """
     with _lock(environment, report) as lock:
         is_new = not environment.is_installed
@@ -56,7 +56,7 @@ def install(environment: Environment, report: Report) -> bool:
 
 
 def remove(environment: Environment, report: Report) -> bool:
-    """Delete all environments of a backend. Return False if there are none. Raises Conflict if one is in use."""
+    """Delete all environments of a backend, or return False if none exist. Raises Conflict if an environment is in use."""
     with _lock(environment, report):
         folders = [folder for folder in (environment.folder, *environment.outdated()) if folder.is_dir()]
         if running := [pid for folder in folders for pid in processes(folder)]:
@@ -72,7 +72,7 @@ def remove(environment: Environment, report: Report) -> bool:
 
 
 def fault(environment: Environment) -> str | None:
-    """Run the check of an installed backend. Return why the check failed, or None."""
+    """Run the check of an installed backend. Return why the check failed, or None if the check succeeded."""
     try:
         done = subprocess.run(
             [environment.python, "-c", environment.check], capture_output=True, text=True, timeout=_CHECK_SECONDS,
@@ -136,7 +136,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command that inherits the lock, so that a new installation waits even if this process was killed."""
+    """Run a command, which inherits the lock. If this process is killed, new installations wait until the command ends."""
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,

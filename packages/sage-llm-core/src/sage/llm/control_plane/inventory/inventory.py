@@ -27,7 +27,7 @@ class Occupant:
     pid: int | None
     memory_bytes: int | None  #: main memory of the process
     devices: tuple[str, ...]  #: ids of the devices on which memory is reserved
-    reserved_bytes: int | None  #: on each of its devices
+    reserved_bytes: int | None  #: memory reserved on each device in `devices`
 
 
 class Inventory:
@@ -62,9 +62,10 @@ class Inventory:
         return [*gpus, main]
 
     def memory(self, pids: Mapping[str, int]) -> list[DeviceMemory]:
-        """Return the usable memory of each device, and the parts of it that servers and other programs use.
+        """Return the memory of each device: usable, used by each server, and used by other programs.
 
-        pids: the process of each server of this node, by server id. The other processes of its session belong to it too.
+        pids: maps the id of each server of this node to the PID of its process. The memory of a server is the memory of all
+        processes in the session of this process.
         """
         sessions = all_sessions()
         members = {server_id: _members([pid], sessions) for server_id, pid in pids.items()}
@@ -77,9 +78,10 @@ class Inventory:
         return [replace(self._main_memory(sum(used_bytes.values())), used_bytes=used_bytes), *gpus]
 
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
-        """Return the environment variables that restrict a process to devices. A fake GPU restricts the process to the CPU.
+        """Return the environment variables that restrict a process to devices.
 
-        devices: ids of devices. If empty, the process may use all devices. Raises EngineError if a device does not exist.
+        devices: ids of devices. If empty, the process may use all devices. If the GPUs are fake, the process can use only
+        the CPU. Raises EngineError if a device does not exist.
         """
         gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
         if missing := set(devices) - {_CPU, *gpus}:
@@ -105,7 +107,7 @@ class Inventory:
 def within(device: str, bounds: Sequence[MemoryLimit], own_bytes: int, limit_bytes: int | None) -> DeviceMemory:
     """Return the memory of a device to which several bounds apply at the same time.
 
-    own_bytes: the memory that engines use. The used memory of each bound includes this memory.
+    own_bytes: the memory that engines use. `used_bytes` of each bound includes these bytes.
     limit_bytes: the memory that all engines together may use. None: no limit.
     """
     limits = [bound.limit_bytes for bound in bounds]
@@ -141,7 +143,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes, without shared pages, because the system does not count them as used."""
+    """Return the resident memory of processes, without shared pages: the system does not count shared pages as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

@@ -1,7 +1,7 @@
-"""The local launcher: detached processes on this machine, which listen on the loopback interface.
+"""The local launcher starts detached processes on this machine. The processes listen on the loopback interface.
 
-A handle is the path of the lock file that the process keeps locked. The file `port` in the same folder contains the
-port of the process.
+The handle of a process is the path of the lock file that the process keeps locked. The file `port` in the same folder
+contains the port of the process.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from sage.llm.control_plane.store.store import port_taken
 logger = logging.getLogger(__name__)
 _HOST = "127.0.0.1"
 _MAX_LAUNCHES, _LAUNCH_SECONDS = 8, 30.0
-#: The last error of each process that cannot be observed, by the path of its lock file.
+#: For each process that cannot be observed: the path of the lock file, and the last error.
 _reported: dict[Path, str] = {}
 
 
@@ -51,13 +51,14 @@ class LocalLauncher:
         return str(spec.lock_path)
 
     async def check_port(self, port: int) -> None:
-        """Raise Conflict if the port is taken, or if this user has no permission to listen on it."""
+        """Raise Conflict if the port is taken, or if this user has no permission to listen on the port."""
         _listen(port).close()
 
     async def launch(self, spec: ProcessSpec) -> str | None:
-        """Start a process and return its address. The process keeps its lock file locked. Raises Conflict or OSError.
+        """Start a process and return its address, or None if the process does not listen. Raises Conflict or OSError.
 
-        Raises TimeoutError if the launch takes too long. The launch then continues, and the next call waits until it ends.
+        The process keeps its lock file locked. Raises TimeoutError if the launch takes too long. The launch then continues,
+        and the next call for the same process waits until this launch ends.
         """
         launch = self._launches.get(spec.lock_path)
         if launch is None:
@@ -68,7 +69,7 @@ class LocalLauncher:
             return await asyncio.shield(launch)
 
     async def observe(self, handles: Collection[str]) -> Mapping[str, ProcessObservation]:
-        """Observe all processes with one call in a thread. Processes that could not be observed are missing."""
+        """Observe all processes with one call in a thread. The result omits processes that could not be observed."""
         locks = [Path(handle) for handle in handles]
         return await asyncio.get_running_loop().run_in_executor(self._threads, _observe, locks)
 
@@ -134,7 +135,7 @@ def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> P
 
 def _dead(lock: Path) -> ProcessObservation:
     code = exit_code(lock)
-    # The process has exited, so it cannot start more child processes, and `leftovers` finds all that are still alive.
+    # The process has exited, so it cannot start more child processes, and `leftovers` finds all children that are alive.
     return ProcessObservation(alive=False, leftovers=bool(leftovers(lock)), exit_code=code)
 
 
@@ -154,10 +155,10 @@ def _signal(lock: Path, kind: Signal) -> None:
 
 
 def _process(lock: Path) -> ProcessIdentity | None:
-    """Return the process that holds a lock, or None if the process has exited, or if its lock file was removed."""
+    """Return the process of a lock file, or None if the process has exited or the lock file was removed."""
     if found := holder(lock):
         return found
-    ending = last_holder(lock)  # an exiting process is still alive after its lock is released
+    ending = last_holder(lock)  # an exiting process releases its lock shortly before it ends
     return ending if ending and ending.is_alive() else None
 
 

@@ -22,8 +22,8 @@ _CONNECT_SECONDS = 5
 class Report:
     """The state of a database."""
 
-    name: str  #: the URL without user and password, or the path of the file
-    fault: str = ""  #: why the database cannot be used; "" if it can
+    name: str  #: the URL without user and password, or the path of the SQLite file
+    fault: str = ""  #: why the database cannot be used; "": no fault
     exists: bool = True
     revision: str | None = None  #: None: the database is empty
     newest_revision: str = REVISIONS[-1]
@@ -33,7 +33,7 @@ class Report:
 
 
 def check(url: str) -> Report:
-    """Connect to a database, and return what was found. Raises ConfigError if the URL is wrong."""
+    """Connect to a database and return its state. Raises ConfigError if the URL is wrong."""
     parsed = parse_url(url)
     name = shown(parsed)
     if parsed.get_backend_name() == "sqlite":
@@ -78,7 +78,7 @@ def _inspected(connection: Connection, name: str) -> Report:
 
 
 def main() -> int:
-    """Check the database that the settings name, and print the report."""
+    """Check the database that is configured in the settings, and print the report as JSON."""
     json.dump(asdict(check(load_settings().store_url)), sys.stdout)
     return 0
 

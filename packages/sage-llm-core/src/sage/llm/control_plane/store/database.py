@@ -27,9 +27,9 @@ _DRIVER_HINT = "Install the driver: `pip install 'sage-llm-core[postgresql]'`."
 def open_database(url: str) -> Engine:
     """Open a database, bring its schema up to date, and return its SQLAlchemy engine.
 
-    Only the user can read an SQLite file, and each commit is written to the disk at once. Raises ConfigError if the URL
-    is wrong, the database is unreachable, or its schema is newer than this version of SAGE. The message does not contain
-    the password.
+    An SQLite file can be read only by its owner, and each commit is written to the disk at once. Raises ConfigError if the
+    URL is wrong, the database is unreachable, or its schema is newer than this version of SAGE. The error message does not
+    contain the password.
     """
     parsed = parse_url(url)
     is_sqlite = parsed.get_backend_name() == "sqlite"
@@ -44,7 +44,7 @@ def open_database(url: str) -> Engine:
 
 
 def parse_url(url: str) -> URL:
-    """Return the URL with the driver that SAGE uses. Raises ConfigError."""
+    """Parse a database URL. The default driver for PostgreSQL is psycopg. Raises ConfigError if SAGE cannot use the URL."""
     message = "SAGE_DATABASE_URL is not a SQLAlchemy URL (dialect://user:password@host/database)."
     try:
         parsed = make_url(url)
@@ -77,7 +77,7 @@ def shown(url: URL) -> str:
 
 
 def cause(error: Exception, url: URL) -> str:
-    """Return the first line of an error of the database driver, without the secrets in the URL."""
+    """Return the first line of a database driver's error. The password and the option values of the URL are hidden."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(getattr(error, "orig", None) or error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -96,7 +96,7 @@ def _configure_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Lock the database when a writing transaction begins, so that nobody changes the rows that the transaction has read."""
+    """Begin a transaction. If the transaction writes, it locks the database, so that no other transaction can write."""
     connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("writes") else "BEGIN")
 
 
