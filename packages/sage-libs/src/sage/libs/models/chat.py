@@ -123,7 +123,7 @@ class ChatFormat:
         return text[: text.index(header) + len(header)] if header and header in text else self.header([], None, text)
 
     def header(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """Return the part of `text` before the answer.  text: the rendered chat of `messages` and an answer."""
+        """Return the part of `text` before the answer.  text: a rendered chat that consists of `messages` and an answer."""
         probe = self.render([*messages, {"role": "assistant", "content": _PROBE}], tools)
         at = next((i for i, (a, b) in enumerate(zip(probe, text, strict=False)) if a != b), min(len(probe), len(text)))
         return text[:at]
