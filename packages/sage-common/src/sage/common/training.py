@@ -58,7 +58,7 @@ class Figure:
     format_spec: str
 
     def text(self, value: float) -> str:
-        """Return a value as text for users, with bytes in GB."""
+        """Return a value as text for users. Bytes are shown in GB."""
         return f"{value / 1e9:.1f} GB" if self.unit == "bytes" else format(value, self.format_spec)
 
 

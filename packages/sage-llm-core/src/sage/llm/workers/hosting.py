@@ -111,7 +111,7 @@ class Hosting:
         ]  # fmt: skip
 
     async def load(self, name: str, folder: Path) -> None:
-        """Load an adapter, unless `name` is already loaded from the same folder. Raises ConfigError or ModelError."""
+        """Load an adapter. If the same folder is already loaded as `name`, do nothing. Raises ConfigError or ModelError."""
         async with self._loading:
             if (known := self._adapters.get(name)) and known.folder == folder:
                 return

@@ -1,7 +1,7 @@
-"""Tokenize samples, and mark the tokens to train on: by default, the answers of the assistant.
+"""Tokenize samples, and mark the tokens to train on: by default, the tokens of the assistant's answers.
 
-If the chat template marks answers (`{% generation %}`) and no answer is excluded from training, these marks are used.
-Otherwise, an answer is the text that follows its prompt in the rendered chat.
+If the chat template marks answers (`{% generation %}`) and no answer is excluded from training, each marked part of the
+rendered chat is an answer. Otherwise, an answer is the text that follows its prompt in the rendered chat.
 
 If the prompt of an answer begins with the previous prompt and answer, the answer is added to the previous answer's sequence.
 Otherwise, the answer begins a new sequence, for example because the template removes reasoning from earlier answers. If a
@@ -58,7 +58,7 @@ class _Sequence:
     """One or more answers that become one token sequence."""
 
     answers: list[_Answer]
-    #: For each answer two texts: the text between the previous answer and this answer, and the answer itself.
+    #: Two texts for each answer: the text between the previous answer and this answer, and the answer itself.
     parts: list[str]
     prefix: list[int] = field(default_factory=list)  #: token ids that the tokenizer adds before a plain text; [] for a chat
 
@@ -182,7 +182,7 @@ class Encoder:
             return DatasetError(
                 code="nothing_to_train",
                 message=f"None of the {self.untrained} samples has an answer to train on: all answers have weight 0, or the "
-                "chat template marks none of them.",
+                "chat template marks no answer.",
                 hint='Remove "weight": 0 from the answers to train on, or use a model with another chat template.',
                 param="dataset_path",
             )

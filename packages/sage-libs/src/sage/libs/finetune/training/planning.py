@@ -72,7 +72,7 @@ class MemoryPlan:
         return self
 
     def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
-        """Return the plan for the loaded model, which possibly does not support the planned precision or the kernels."""
+        """Return this plan, with `needs` for the precision and the kernels that the loaded model supports."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:

@@ -106,7 +106,7 @@ async def get_queue(manager: Manager) -> EngineQueue:
 
 @router.post("/engines/{engine_id}/move", status_code=status.HTTP_202_ACCEPTED)
 async def move_engine(engine_id: str, request: MoveRequest, manager: Manager) -> EngineView:
-    """Move a waiting engine to another place in the queue, among the engines of its priority."""
+    """Move a waiting engine to another place in the queue, among the engines with the same priority."""
     return await manager.move_engine(engine_id, request.position)
 
 
