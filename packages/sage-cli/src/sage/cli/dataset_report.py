@@ -60,7 +60,7 @@ def measure(report: DatasetReport, model: str, cutoff: int, parse: Parse, train_
         counts["trained_tokens"] = sum(sequence.trained_tokens for sequence in encoder.encode(samples))
     except DatasetError as error:
         if encoder.faults:
-            problem = f"the model's chat template rejects {counted(len(encoder.faults), 'sample')}"
+            problem = f"the model or its chat template rejects {counted(len(encoder.faults), 'sample')}"
             return Measured(model, cutoff, [], problem=problem, **counts)
         if not encoder.lengths and not encoder.untrained:
             return Measured(model, cutoff, [], problem="the samples are prompts without answers")

@@ -37,7 +37,7 @@ def estimate_table(estimate: EstimateView) -> Table:
 
 
 def estimate_lines(estimate: EstimateView) -> list[str]:
-    """Return lines with the free memory, whether the engine fits, the largest micro-batch and the duration."""
+    """Return lines that state the free memory, whether the engine fits, the largest micro-batch and the training time."""
     lines = [
         f"{device.id} {device.name}: {size(device.memory_total_bytes - device.memory_used_bytes)} free of "
         f"{size(device.memory_total_bytes)}"

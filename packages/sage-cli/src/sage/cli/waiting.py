@@ -51,7 +51,7 @@ def until_settled(client: SageClient, engine_id: str) -> EngineView:
 
 
 def until_checkpoint(client: SageClient, before: EngineView) -> int:
-    """Wait until a run has a newer checkpoint than in `before`, and return the checkpoint's step.
+    """Wait until a run has a newer checkpoint than the checkpoint in `before`, and return the newer checkpoint's step.
 
     Raises SageError if the run ends without a newer checkpoint.
     """
@@ -82,7 +82,7 @@ def until_changed(client: SageClient, engine_id: str, revision: int) -> str:
         return engine.training.changes[-1]
     raise Conflict(
         code="not_training", message=f"{engine_id} is {engine.state}, and the requested options were not used.",
-        hint="They are used when the run is resumed." if engine.state != "completed" else "To train further, fork the run.",
+        hint="To use the options, resume the run." if engine.state != "completed" else "To train further, fork the run.",
     )  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def _show(bar: ProgressBar, engine: EngineView) -> None:
 
 
 def interrupted_exit(engine_id: str, state: EngineState | None) -> typer.Exit:
-    """Print the engine's state, and commands to show or stop the engine; return the exception that ends this command."""
+    """Print the engine's state, and commands to show or stop the engine. Return an exception that ends the CLI."""
     text = f"\n{engine_id} is still {state or 'active'}. Show it: `sage llm engine status {engine_id}`"
     stop = "" if state is EngineState.STOPPING else f"; stop it: `sage llm engine stop {engine_id}`"
     typer.echo(f"{text}{stop}.", err=True)

@@ -33,7 +33,7 @@ class SageError(Exception):
     type: ClassVar[str] = "api_error"
 
     def __init__(self, *, code: str, message: str, hint: str = "", param: str | None = None) -> None:
-        """code: stable, in snake_case; message: what happened, and where; hint: what to do; param: the invalid option."""
+        """code: stable, in snake_case.  message: what happened, and where.  hint: what to do.  param: the invalid option."""
         super().__init__(message)
         self.code, self.message, self.hint, self.param = code, message, hint, param
 
@@ -137,7 +137,7 @@ class GatewayUnreachable(SageError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error message that is not a heading, without the final period."""
+    """Return the first line of an error message, or the second line if the first line is a heading; without final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch: line 2 names the tensor
     return lines[is_heading].rstrip(".")

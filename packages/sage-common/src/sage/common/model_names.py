@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def absolute_name(name: str, base_dir: Path) -> str:
-    """Return the absolute path of a name that is a path or names a folder below `base_dir`; return other names unchanged."""
+    """Return the absolute path if `name` is a path or the name of a folder below `base_dir`; otherwise return `name`."""
     folder = expanded(name)
     if folder and (is_path(name) or is_folder(base_dir / folder)):
         return str(base_dir.absolute() / folder)

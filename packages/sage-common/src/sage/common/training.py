@@ -1,4 +1,4 @@
-"""Types of a training run: the figures (measured values) of a step, the events of the run, and its progress.
+"""Types for training runs: the figures (measured values) of a step, the events of a run, and the progress of a run.
 
 To add a figure, add a field to `StepMetrics`, and measure the value in the training callback. No other code needs a change,
 because all readers iterate over `FIGURES`. For example:
@@ -23,7 +23,7 @@ def _figure(title: str, unit: str, format_spec: str, description: str) -> Any:
 
 
 class StepMetrics(BaseModel):
-    """The figures of one optimizer step. None: the value is not known, or the method does not have this figure."""
+    """The figures of one optimizer step. None: the value is not known, or the training method does not have this figure."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,7 +44,7 @@ class StepMetrics(BaseModel):
     memory_bytes: int | None = _figure(
         "Memory", "bytes", ".0f", "GPU memory used by the process, or main memory if there is no GPU."
     )
-    peak_memory_bytes: int | None = _figure("Peak memory", "bytes", ".0f", "Largest memory of the process since it started.")
+    peak_memory_bytes: int | None = _figure("Peak memory", "bytes", ".0f", "Peak memory of the process since its start.")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Figure:
     format_spec: str
 
     def text(self, value: float) -> str:
-        """Return a value as text for users, with bytes in GB."""
+        """Return a value as text for users. Bytes are shown in GB."""
         return f"{value / 1e9:.1f} GB" if self.unit == "bytes" else format(value, self.format_spec)
 
 
@@ -73,7 +73,7 @@ FIGURES: tuple[Figure, ...] = tuple(_declared(name) for name in StepMetrics.mode
 
 
 class TrainingStep(StepMetrics):
-    """One optimizer step in the training series of a run."""
+    """One optimizer step of a run, with its figures."""
 
     step: int
 
@@ -91,14 +91,14 @@ class TrainingProgress(StepMetrics):
     estimated_memory_bytes: int | None = Field(None, description="Peak memory that was estimated before the first step.")
     activity: str | None = Field(None, description="Current activity before the first step or after the last step.")
     warnings: list[str] = []
-    change_revision: int = Field(0, description="Number of the newest applied change of options; 0: none.")
+    change_revision: int = Field(0, description="Sequence number of the newest applied change of options; 0: none.")
     changes: list[str] = Field([], description="The changes of options that users requested, as text for users.")
     forked_from: str | None = Field(None, description="Id of the run that this run was forked from.")
     forked_at_step: int | None = Field(None, description="Step of the checkpoint that this run was forked from.")
 
     @property
     def memory_estimate_error_ratio(self) -> float | None:
-        """The estimated peak memory divided by the measured peak, minus 1; None if one of them is not known."""
+        """The estimated peak memory divided by the measured peak, minus 1; None if one of the two peaks is not known."""
         if not self.estimated_memory_bytes or not self.peak_memory_bytes:
             return None
         return self.estimated_memory_bytes / self.peak_memory_bytes - 1
@@ -112,7 +112,7 @@ class TrainingOptions(BaseModel):
     learning_rate: float | None = Field(None, gt=0, le=1, description="Peak learning rate.")
     max_steps: int | None = Field(None, ge=1, description="Total number of optimizer steps.")
     early_stopping_patience: int | None = Field(
-        None, ge=0, description="Evaluations without improvement after which the run ends; 0: no early stopping."
+        None, ge=0, description="Number of evaluations without improvement after which the run ends; 0: no early stopping."
     )
 
 
@@ -173,8 +173,8 @@ class StartedEvent(RunEvent):
         False, description="Whether SAGE's training step stores weights in int8 and uses int8 products."
     )
     precision: str | None = Field(None, description="The precision and the reason for it, as text for users.")
-    kernels: str | None = Field(None, description="The training step that is used and the reason, as text for users.")
-    estimated_memory_bytes: int | None = Field(None, description="Expected memory of the run.")
+    kernels: str | None = Field(None, description="Whether SAGE's training step is used, and the reason, as text for users.")
+    estimated_memory_bytes: int | None = Field(None, description="Estimated peak memory of the run.")
     versions: dict[str, str] = Field({}, description="Versions of the libraries that the training uses.")
 
 
@@ -182,7 +182,7 @@ class StepEvent(StepMetrics, RunEvent):
     """An optimizer step was completed. A resumed run reports the steps after its checkpoint a second time."""
 
     event: Literal["step"] = "step"
-    step: int = Field(description="Number of the step, from 1.")
+    step: int = Field(description="The completed step; the first step is 1.")
     total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
     eta_seconds: float | None = Field(None, description="Seconds until the run is completed; null for the first 10 steps.")
 
@@ -219,7 +219,7 @@ class ChangedEvent(RunEvent):
 
     event: Literal["changed"] = "changed"
     step: int = Field(description="First step that uses the new values.")
-    revision: int = Field(description="Number of the request in this run, from 1.")
+    revision: int = Field(description="Sequence number of the request in this run, from 1.")
     old: TrainingOptions = Field(description="Values before the change.")
     new: TrainingOptions = Field(description="Values after the change.")
     message: str = Field(description="The change, as text for users.")

@@ -23,9 +23,9 @@ def validated(model: type[ModelT], values: dict[str, Any], what: str = "option")
 
 
 def config_error(error: ValidationError, what: str = "option", secrets: Collection[str] = ()) -> ConfigError:
-    """Return a ConfigError for the first problem of a ValidationError; its hint lists the options with further problems.
+    """Return a ConfigError for the first problem of a ValidationError. The hint lists the options with further problems.
 
-    The values of options named in `secrets` are omitted.
+    secrets: names of options whose values are not shown in the message.
     """
     first, *rest = error.errors()
     name = ".".join(str(part) for part in first["loc"]) or what

@@ -28,7 +28,7 @@ _BUSY_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Content:
-    """What a backup contains besides the settings, the state and the run directories."""
+    """The optional content of a backup. Every backup contains the settings, the state and the run directories."""
 
     database: bool = True
     all_checkpoints: bool = False
@@ -39,7 +39,7 @@ def save(target: Path, content: Content, begin: Callable[[int], Callable[[int], 
     """Write a backup to `target` atomically and return its size in bytes.
 
     begin: called with the total size in bytes; returns a function, which is called with the size of each written part.
-    Raises ConfigError, Conflict or BackupError; in this case, no file is left.
+    Raises ConfigError, Conflict or BackupError. If writing fails, the incomplete file is removed.
     """
     if target.exists():
         raise Conflict(
@@ -69,7 +69,7 @@ def _check_database() -> None:
     if load_settings().database_url:
         raise ConfigError(
             code="database_elsewhere",
-            message="The setting database_url selects a database outside the state folder, which a backup does not include.",
+            message="database_url selects a database outside the state folder. A backup cannot contain this database.",
             hint="Run `pg_dump` (PostgreSQL) or `sqlite3 FILE .backup` (SQLite), then `sage backup --no-database`.",
         )
 

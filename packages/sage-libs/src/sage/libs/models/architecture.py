@@ -11,9 +11,10 @@ from typing import Any
 from sage.libs.models.gguf import gguf_header
 from sage.libs.models.resolve import json_object, safetensors_header
 
-#: A tensor of a layer has the number of the layer in its name.
+#: Matches the number of a layer in a tensor's name. Names of tensors outside the layers contain no number.
 _IN_LAYER = re.compile(r"\.(\d+)\.")
-#: Config fields: name in transformers, and name in GGUF files. There, the architecture's name precedes the field's name.
+#: Keys: names of config fields in transformers. Values: names of these fields in GGUF files, without the prefix (the name of
+#: the architecture).
 _FIELDS = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -28,13 +29,13 @@ _GGUF_MODULES = {
     "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj", "ffn_gate": "gate_proj",
     "ffn_up": "up_proj", "ffn_down": "down_proj", "token_embd": "embed_tokens", "output": "lm_head",
 }  # fmt: skip
-#: Context length in tokens, if the config has none.
+#: Context length in tokens of a model whose config contains no context length.
 _CONTEXT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a transformer. `shapes` maps names of tensors to their shapes; a matrix has (rows, columns)."""
+    """The sizes of a transformer. `shapes` maps names of tensors to their shapes. A matrix has the shape (rows, columns)."""
 
     shapes: Mapping[str, tuple[int, ...]]
     file_bytes: int  #: size of all weight files
@@ -53,7 +54,7 @@ class Architecture:
 
     @cached_property
     def matrices(self) -> Mapping[str, tuple[int, ...]]:
-        """The tensors with two or more dimensions, by name without `.weight`."""
+        """The shapes of the tensors with two or more dimensions. Keys: names of the tensors without `.weight`."""
         return {name.removesuffix(".weight"): shape for name, shape in self.shapes.items() if len(shape) > 1}
 
     @cached_property
@@ -112,7 +113,7 @@ def _text_config(path: Path) -> dict[str, Any]:
 
 
 def _architecture(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], file_bytes: int) -> Architecture:
-    """Sizes that the config does not have are derived from the shapes, or are defaults."""
+    """Return an Architecture. Sizes that the config does not contain are derived from the shapes, or are defaults."""
     given = {name: value for name in _FIELDS if isinstance(value := config.get(name), int)}
     numbers = {int(found[1]) for name in shapes if (found := _IN_LAYER.search(name))}
     in_layers = [shape for name, shape in shapes.items() if len(shape) == 2 and _IN_LAYER.search(name)]

@@ -48,8 +48,8 @@ class ChatFormat:
         around = list(tokenizer(_PROBE)["input_ids"])
         #: Token ids that the tokenizer adds before a text: [BOS] or [].
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether parts of a text can be tokenized separately, so that the concatenated tokens of the parts are the tokens
-        #: of the text (unless a token of the text spans two parts). False if the tokenizer adds a space before every text.
+        #: Whether the tokens of a text are the concatenated tokens of the text's parts, unless a token spans two parts.
+        #: False if the tokenizer adds a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -123,7 +123,7 @@ class ChatFormat:
         return text[: text.index(header) + len(header)] if header and header in text else self.header([], None, text)
 
     def header(self, messages: Sequence[Message], tools: Any, text: str) -> str:
-        """Return the part of `text` before the answer.  text: the rendered chat of `messages` and an answer."""
+        """Return the part of `text` before the answer.  text: a rendered chat that consists of `messages` and an answer."""
         probe = self.render([*messages, {"role": "assistant", "content": _PROBE}], tools)
         at = next((i for i, (a, b) in enumerate(zip(probe, text, strict=False)) if a != b), min(len(probe), len(text)))
         return text[:at]

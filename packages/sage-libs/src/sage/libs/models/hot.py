@@ -14,7 +14,7 @@ _PLAIN = frozenset({
     "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
 })  # fmt: skip
-#: Values of init_lora_weights that do not change the base model. Other values, such as PiSSA, change its weights.
+#: Values of init_lora_weights that do not change the base model. Other values, such as "pissa", change the base model.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _LORA_WEIGHT = re.compile(r".*\.lora_[AB]\.weight")
 _HEAD = re.compile(r".*\.(lm_head|embed_out|output_projection)\.lora_[AB]\.weight")
@@ -54,6 +54,6 @@ def _weights_problem(header: Mapping[str, Any]) -> str | None:
 
 
 def _base_problem(config: Mapping[str, Any], base_folder: Path) -> str | None:
-    """Return a problem if the adapter's base is itself an adapter. Then, both must be merged. Otherwise, return None."""
+    """Return a problem if the adapter's base is itself an adapter. Then, both adapters must be merged into one model."""
     is_adapter = (base_folder / "adapter_config.json").is_file()
     return f"the adapter's base {config.get('base_model_name_or_path')} is an adapter too" if is_adapter else None

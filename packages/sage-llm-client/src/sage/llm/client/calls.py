@@ -1,4 +1,4 @@
-"""The HTTP requests that the methods of both clients send, with the functions that read the answers."""
+"""The HTTP requests that SageClient and AsyncSageClient send, and the functions that read the answers."""
 
 import re
 from collections.abc import Callable, Collection, Mapping

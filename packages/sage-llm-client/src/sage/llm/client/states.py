@@ -1,4 +1,4 @@
-"""The states and kinds of engines, and the choices that a request has."""
+"""The states and kinds of engines, and other enumerations of the HTTP API."""
 
 from enum import StrEnum
 
@@ -53,7 +53,7 @@ class OnBusy(StrEnum):
 
     WAIT = "wait"  #: wait in the queue until enough memory is free
     PREEMPT = "preempt"  #: pause inference engines of the same or a lower priority, then start
-    SHARE = "share"  #: start with the memory that is free, if the engine can work with it; otherwise wait
+    SHARE = "share"  #: start with the free memory if this amount is enough for the engine; otherwise wait
     FAIL = "fail"  #: fail at once
 
 
@@ -65,4 +65,4 @@ class EventKind(StrEnum):
     DESIRED = "desired"  #: a user requested another state
     UPDATED = "updated"  #: something other than the state changed, such as the version of the adapter
     REMOVED = "removed"
-    ROUTE = "route"  #: a route was set or removed; `route` is its name, and `engine_id` is empty
+    ROUTE = "route"  #: a route was set or removed; `route` is the route's name, and `engine_id` is empty

@@ -18,7 +18,7 @@ class Cores:
 
 
 def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:
-    """Return the actions, with the number of CPU threads set in each launch of a new server that uses the CPU.
+    """Set the number of CPU threads in each launch of a new server that uses the CPU, and return all actions.
 
     servers: the servers of this node. A running process keeps its number of threads.
     """
@@ -54,13 +54,13 @@ class CpuServer:
     """A running server that uses the CPU."""
 
     id: str
-    threads: int | None  #: None: one for each core
+    threads: int | None  #: None: one thread for each core
     is_adjustable: bool  #: the server can change its number of threads while it runs
     is_active: bool  #: the server trains, or has answered requests in the last seconds
 
 
 def new_threads(cores: int, servers: Sequence[CpuServer]) -> dict[str, int]:
-    """Return the number of threads of each adjustable server whose number must change.
+    """Return the new number of threads of each adjustable server. Servers that keep their number of threads are omitted.
 
     Active servers share the cores. An idle server gets no share, and keeps its number of threads until it is active.
     """
@@ -95,7 +95,7 @@ def _uses_cpu(devices: Sequence[str] | None) -> bool:
 
 
 def _keeps_threads(engine: EngineRecord, cores: Cores) -> bool:
-    """Return whether a resumed run keeps its number of threads. With another number, its losses would differ slightly."""
+    """Return whether a resumed run keeps its number of threads. With another number, the losses would differ slightly."""
     return engine.kind is EngineKind.FINETUNE and engine.server_id is not None and cores.training_threads is None
 
 

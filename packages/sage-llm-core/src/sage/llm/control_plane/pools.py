@@ -22,5 +22,5 @@ class Pool:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def close(self) -> None:
-        """Start no further calls."""
+        """Cancel the calls that have not started. Running calls continue."""
         self._executor.shutdown(wait=False, cancel_futures=True)

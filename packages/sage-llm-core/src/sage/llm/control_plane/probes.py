@@ -61,7 +61,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if an engine's process, readiness, end, loaded models or newest checkpoint has changed."""
+        """on_change: called if a new observation of an engine differs from the last observation in a value of `_outline`."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -100,7 +100,7 @@ class Prober:
         }
 
     def last(self, engine_id: str) -> Observed | None:
-        """Return the last observation of an engine, even if it is old, or None if there is none."""
+        """Return the last observation of an engine, even if the observation is old. None: there is no observation."""
         target = self._targets.get(engine_id)
         return target.observed if target else None
 

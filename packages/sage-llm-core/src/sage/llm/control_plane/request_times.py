@@ -19,7 +19,7 @@ class RequestTimes:
         self._sums_seconds: dict[str, float] = {}
 
     def add(self, engine_id: str, seconds: float) -> None:
-        """Count a request. Every inference request calls this method, so it must be fast."""
+        """Count a request. Every inference request calls this method, so the method must be fast."""
         counts = self._counts.get(engine_id)
         if counts is None:
             counts = self._counts[engine_id] = [0] * len(_BUCKETS)

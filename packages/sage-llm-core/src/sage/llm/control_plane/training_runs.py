@@ -25,7 +25,7 @@ class TrainingRuns:
     async def change_training(self, engine_id: str, options: TrainingOptions) -> TrainingChangeView:
         """Request that a training run uses other options from its next step on; do not wait for this step.
 
-        If the run has no process, it uses the options when it is resumed. Raises Conflict or ConfigError.
+        If the run has no process, the options are used when the run is resumed. Raises Conflict or ConfigError.
         """
         engine, executor = await self._run(engine_id)
         if engine.state is EngineState.VALIDATING:  # the run directory possibly does not exist yet
@@ -33,9 +33,10 @@ class TrainingRuns:
         return TrainingChangeView(engine_id=engine_id, revision=await executor.change_options(engine, options))
 
     async def fork_engine(self, engine_id: str, request: ForkRequest) -> EngineView:
-        """Start a run that continues from a checkpoint of another run, and return its engine in state `validating`.
+        """Start a run that continues from a checkpoint of another run. Return the new engine in state `validating`.
 
-        The checkpoint is linked into the new run first, so that the other run can remove it. Raises SageError.
+        The new run gets its own hard links to the checkpoint, so the other run can still remove the checkpoint.
+        Raises SageError.
         """
         parent, executor = await self._run(engine_id)
         fork_id = f"engine-{random_suffix()}"

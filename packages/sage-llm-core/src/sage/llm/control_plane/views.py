@@ -37,7 +37,7 @@ class Views:
         """Return the view of an engine.
 
         waits: why a queued engine waits.  queue_position: place of the engine in the queue, from 1.
-        trouble: why the engine cannot be observed.  silent_seconds: time without an answer, reported if it is above 0.
+        trouble: why the engine cannot be observed.  silent_seconds: time since the last answer; 0: not reported.
         """
         is_local, is_hosted = engine.node == self._node, engine.state in HOSTED
         address = server.address if server and is_hosted else None

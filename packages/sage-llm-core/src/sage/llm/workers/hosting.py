@@ -62,7 +62,7 @@ class Hosted:
         self._unused.clear()
 
     def leave(self) -> None:
-        """Count the end of a request."""
+        """Stop counting a request, because the request has ended."""
         self._requests -= 1
         if not self._requests:
             self._unused.set()
@@ -94,7 +94,7 @@ class Hosting:
         raise NotFound(code="model_not_found", message=message, hint="`GET /v1/models` lists the models.", param="model")
 
     def tokens(self) -> dict[str, list[int]]:
-        """Return the numbers of prompt tokens and completion tokens by model; "" is a base model without a fixed name."""
+        """Return the numbers of prompt and completion tokens of each model; key "": the base model without a served name."""
         hosted = {self._served_name or "": self._base, **self._adapters}
         return {name: [model.prompt_tokens, model.completion_tokens] for name, model in hosted.items()}
 
@@ -111,7 +111,7 @@ class Hosting:
         ]  # fmt: skip
 
     async def load(self, name: str, folder: Path) -> None:
-        """Load an adapter, unless `name` is already loaded from the same folder. Raises ConfigError or ModelError."""
+        """Load an adapter. If the same folder is already loaded as `name`, do nothing. Raises ConfigError or ModelError."""
         async with self._loading:
             if (known := self._adapters.get(name)) and known.folder == folder:
                 return
@@ -131,7 +131,7 @@ class Hosting:
         if not hosted or not hosted.adapter:
             raise NotFound(code="model_not_found", message=f"No adapter '{name}' is loaded.", param="lora_name")
         await hosted.unused()
-        if self._adapters.pop(name, None) is None:  # another call has unloaded it
+        if self._adapters.pop(name, None) is None:  # another call has unloaded the adapter
             return
         await self._batch.between_passes(partial(self._runner().adapters.forget, hosted.adapter))
 

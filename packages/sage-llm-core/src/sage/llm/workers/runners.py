@@ -31,7 +31,10 @@ class Runner(Protocol):
         """Return an empty cache for one answer."""
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Run the parts, and return the logits of each part, (tokens or 1, vocab_size)."""
+        """Compute the tokens of the parts, and return the logits of each part, (tokens or 1, vocab_size).
+
+        check: called in every layer; may raise an exception to end the pass.
+        """
 
 
 def runner_for(model: Any) -> Runner:
@@ -50,7 +53,7 @@ def runner_for(model: Any) -> Runner:
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Switch the model to packed attention, and return why the results are wrong, or None if they are right."""
+    """Switch the model to packed attention. Return why packed passes do not work, or None if the logits are right."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _SHARED_ROPE:

@@ -7,8 +7,8 @@ This script runs in vLLM's environment, where SAGE is not installed. The server 
 - Error codes are words, as in OpenAI's API.
 - An adapter is rejected if its tokenizer or chat template differs from the base model's.
 - `/health` returns the token that identifies the server, and the limits of the server.
-- `/sleep`, `/wake_up` and `/is_sleeping` work as in vLLM's development mode, and need the server's key. Other routes of that
-  mode are not available, because clients could call any method of vLLM.
+- `/sleep`, `/wake_up` and `/is_sleeping` work as in vLLM's development mode, and need the server's key. Other routes of the
+  development mode are not available: through them, clients could call any method of vLLM.
 """
 
 import hmac
@@ -49,22 +49,22 @@ def _vocabulary(folder: Path) -> Any:
     return content and [content.get(part) for part in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
 
 
-#: Functions that read a part of a model, by the part's name in messages. The part must be equal in an adapter and in its
-#: base model.
+#: Keys: the names that messages use for parts of a model. Values: functions that read the part from a model's folder. If the
+#: folder of an adapter has such a part, the part must be equal to the base model's part.
 _VOICE: dict[str, Callable[[Path], Any]] = {"chat template": _template, "tokenizer": _vocabulary}
 
 
 class Rules:
     """Middleware that checks requests before vLLM receives them, and replaces the codes of vLLM's errors."""
 
-    #: The parameters that vLLM supports, by path of the request.
+    #: Keys: paths of requests. Values: the parameters that vLLM supports in requests to this path.
     known: ClassVar[Mapping[str, Collection[str]]] = {}
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Forward a request to vLLM, or reject it."""
+        """Forward a request to vLLM, answer the request without vLLM, or reject the request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif not _is_from_this_machine(dict(scope["headers"])):
@@ -104,7 +104,7 @@ class Rules:
 
 
 async def _sleep(scope: Message, send: Send) -> None:
-    """Answer a request to release the memory of the engine, to allocate it again, or to report whether the engine sleeps."""
+    """Answer a request to `/sleep` (release the engine's memory), `/wake_up` (allocate memory again) or `/is_sleeping`."""
     given, key = dict(scope["headers"]).get(b"authorization", b""), os.environ.get("SAGE_SERVER_KEY", "")
     if not key or not hmac.compare_digest(given, f"Bearer {key}".encode()):
         await _send_error(send, 401, "The key of the server is missing or wrong.", "invalid_api_key")
@@ -158,7 +158,7 @@ class _Health:
 class _WithCodes:
     """An ASGI send function that replaces vLLM's numeric error codes with words.
 
-    is_refusal: send every error with status 400.
+    is_refusal: whether the status of every error is replaced with 400.
     """
 
     def __init__(self, send: Send, *, is_refusal: bool = False) -> None:

@@ -27,7 +27,7 @@ class BodyBudget:
 
 
 class Body:
-    """The body of one request; its bytes are taken from the shared budget."""
+    """The body of one request. The memory of the body is taken from the budget."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget, self._held_bytes = budget, 0
@@ -45,7 +45,7 @@ class Body:
 
         length: value of the header Content-Length, or b"".
 
-        Raises Refusal if the body is too large, Overloaded if the budget is used up, and
+        Raises Refusal if the body is too large, Overloaded if the budget has too little memory left, and
         ClientDisconnect if the client disconnects.
         """
         if length.isdigit() and int(length) > self._budget.max_bytes:

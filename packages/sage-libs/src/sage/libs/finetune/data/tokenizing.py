@@ -1,10 +1,11 @@
-"""Tokenize samples, and mark the tokens to train on: by default, the answers of the assistant.
+"""Tokenize samples, and mark the tokens to train on: by default, the tokens of the assistant's answers.
 
-If the chat template marks answers (`{% generation %}`) and no answer is excluded from training, these marks are used.
-Otherwise, an answer is the text that follows its prompt in the rendered chat. The answers of a chat share one sequence if
-the prompt of each answer begins with the previous prompt and answer. Otherwise, answers get separate sequences, for example
-if the template removes reasoning from earlier answers, or if a token contains both the end of a prompt and the beginning of
-its answer.
+If the chat template marks answers (`{% generation %}`) and no answer is excluded from training, each marked part of the
+rendered chat is an answer. Otherwise, an answer is the text that follows its prompt in the rendered chat.
+
+If the prompt of an answer begins with the previous prompt and answer, the answer is added to the previous answer's sequence.
+Otherwise, the answer begins a new sequence, for example because the template removes reasoning from earlier answers. If a
+token would contain both the end of a prompt and the beginning of an answer, the answers are in separate sequences.
 """
 
 import itertools
@@ -24,7 +25,8 @@ TrainOn = Literal["assistant", "last_turn", "all"]
 #: Label that torch's cross-entropy ignores.
 IGNORED = -100
 _BATCH = 256
-#: Number of characters to tokenize before and after the beginning of an answer, to find a token that spans the beginning.
+#: Number of characters to tokenize before and after the beginning of an answer, to find a token that contains characters of
+#: both the prompt and the answer.
 _EDGE_CHARACTERS = 24
 _SHOWN_FAULTS = 3
 
@@ -53,12 +55,12 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Answers that share a sequence; prefix: token ids that the tokenizer adds before a plain text."""
+    """One or more answers that become one token sequence."""
 
     answers: list[_Answer]
-    #: For each answer two texts: the text between the previous answer and this answer, and the answer itself.
+    #: Two texts for each answer: the text between the previous answer and this answer, and the answer itself.
     parts: list[str]
-    prefix: list[int] = field(default_factory=list)
+    prefix: list[int] = field(default_factory=list)  #: token ids that the tokenizer adds before a plain text; [] for a chat
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: number of rows of the model's embedding; token ids from this number on are faults
+    embedding_rows: int | None = None  #: rows of the model's embedding matrix; all token ids must be smaller
     truncated: int = 0  #: number of sequences that were truncated to `cutoff` tokens
     dropped: int = 0  #: number of sequences dropped, because no trained token was left after truncation
     untrained: int = 0  #: number of samples without any tokens to train on
@@ -86,14 +88,14 @@ class Encoder:
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return all values, besides the samples, that influence the sequences, for the cache key."""
+        """Return the values for the cache key: all values, except the samples, that influence the sequences."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
     def encode(self, samples: Iterable[Sample]) -> Iterator[Encoded]:
         """Yield the sequences of the samples, truncated to `cutoff` tokens.
 
-        Raises DatasetError at the end if the chat template or the model rejected samples, or if nothing is left to train on.
+        After the last sample, raises DatasetError if `faults` is not empty, or if nothing is left to train on.
         """
         kept = 0
         remaining = iter(samples)
@@ -112,7 +114,7 @@ class Encoder:
             raise self._nothing_kept()
 
     def encode_whole(self, samples: Sequence[Sample]) -> list[list[Encoded]]:
-        """Return the uncut sequences of each sample."""
+        """Return the sequences of each sample, without truncation."""
         plans = [self._plan(sample) for sample in samples]
         sequences = [sequence for plan in plans for sequence in plan or ()]
         # Tokenize all parts in one call, so that the tokenizer uses all cores.
@@ -128,10 +130,11 @@ class Encoder:
         return encoded
 
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
-        """Yield for each sequence whether the tokenizer would join the end of a prompt and the beginning of its answer.
+        """Yield for each sequence whether a token would contain both the end of a prompt and the beginning of its answer.
 
-        If it joins them, the prompt of the next answer has other tokens than this sequence. The last answer is not checked,
-        because no prompt contains it. The ends of answers are not checked, because the end token is always separate.
+        The prompt of the next answer would contain this token. The sequence would not, because prompts and answers are
+        tokenized separately. The last answer is not checked, because no prompt contains the last answer. The ends of answers
+        are not checked, because the end token never contains other text.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -147,7 +150,7 @@ class Encoder:
         return [_assembled(*each) for each in zip(alone, split, strict=True)]
 
     def raise_for_faults(self) -> None:
-        """Raise DatasetError if the chat template or the model rejects samples."""
+        """Raise DatasetError if `faults` is not empty."""
         if self.faults:
             shown = " ".join(str(fault) for fault in self.faults[:_SHOWN_FAULTS])
             more = len(self.faults) - _SHOWN_FAULTS
@@ -179,7 +182,7 @@ class Encoder:
             return DatasetError(
                 code="nothing_to_train",
                 message=f"None of the {self.untrained} samples has an answer to train on: all answers have weight 0, or the "
-                "chat template marks none of them.",
+                "chat template marks no answer.",
                 hint='Remove "weight": 0 from the answers to train on, or use a model with another chat template.',
                 param="dataset_path",
             )
@@ -250,7 +253,10 @@ class Encoder:
         return self._with_end(_Answer(header, whole[len(header) :]))
 
     def _with_end(self, answer: _Answer, rest: str = "", *, calls: bool = False) -> _Answer:
-        """Return an answer with its end token; rest: the text that the template writes after the answer."""
+        """Add the end token to an answer.
+
+        rest: the text that the template writes after the answer.  calls: whether the answer has tool calls.
+        """
         text = answer.text.rstrip()
         if text.endswith(self._end_texts):
             return _Answer(answer.prompt, text)

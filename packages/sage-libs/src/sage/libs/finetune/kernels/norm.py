@@ -1,6 +1,6 @@
 """RMSNorm with a frozen weight.
 
-The output of the norm is not saved. In the backward pass, a layer that needs the output recomputes it from the norm's input.
+The output of the norm is not saved. In the backward pass, layers that need the output recompute it from the norm's input.
 """
 
 from collections.abc import Sequence

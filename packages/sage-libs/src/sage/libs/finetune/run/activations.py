@@ -4,23 +4,24 @@ from dataclasses import dataclass
 
 from sage.libs.models.architecture import Architecture
 
-#: Block size of `kernels.attention`. For a sample of at most this many tokens, the attention weights are saved.
+#: Block size of `kernels.attention`, in tokens. For a sample of at most this many tokens, the attention weights are saved.
 BLOCK_TOKENS = 256
-#: Multiple to which `kernels.attention` pads a sample.
+#: `kernels.attention` pads the length of each sample to a multiple of this number of tokens.
 _LENGTH_MULTIPLE = 32
-#: Number of linear layers with an adapter in each transformer layer. Each of them saves its product with matrix A.
+#: Number of linear layers with an adapter in each transformer layer. Each of these linear layers saves the product of its
+#: input and the LoRA matrix A.
 _ADAPTED = 7
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Numbers of values that a training step has in memory for each token; the data type decides their bytes."""
+    """Numbers of values that a training step has in memory for each token. The size of a value depends on the data type."""
 
     saved: float  #: saved by one layer for the backward pass
     inner: float  #: saved products with the LoRA matrices A of one layer, in the data type of matrix products
     layer_input: float  #: the input of one layer; gradient checkpointing saves nothing else
     backward: float  #: temporary tensors in the backward pass of the largest part of a layer
-    weights_heads: int  #: heads whose attention weights are saved for a short sample
+    weights_heads: int  #: number of heads whose attention weights are saved for a short sample
     layers: int
 
     def attention_values(self, length: int) -> int:
@@ -40,7 +41,7 @@ class Activations:
 def kernel_activations(sizes: Architecture, rank: int) -> Activations:
     """Return the activations of SAGE's training step (`kernels.install`).
 
-    Saved: inputs of both norms and of the output projection; rotated queries, keys and values; outputs of gate and up.
+    Saved: inputs of both norms and of the output projection; rotated queries and keys, and values; outputs of gate and up.
     Norm outputs and products of gate and up are recomputed.
     """
     hidden, query, key, inner = sizes.hidden_size, sizes.query_size, sizes.key_value_size, sizes.intermediate_size

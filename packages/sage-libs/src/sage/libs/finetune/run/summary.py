@@ -1,4 +1,4 @@
-"""Save the status of a run at each checkpoint and at the end, so that readers parse only later events."""
+"""Save the status of a run at each checkpoint and at the end. Readers then parse only the events after the saved status."""
 
 import zlib
 from collections.abc import Iterator

@@ -30,12 +30,12 @@ class TrainingData:
     samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
-    largest_batch: Mapping[int, int]  #: the largest micro-batch: number of samples for each number of tokens
+    largest_batch: Mapping[int, int]  #: the largest micro-batch: number of samples by their length in tokens
     largest_packs: Sequence[int] = ()  #: indexes of the packs in the largest micro-batch; empty if they are not known
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:
-    """Load the data of a run. If a stop is requested during loading, return data without packs.
+    """Load the data of a run. If a stop of the run is requested during loading, return data without packs.
 
     new_encoder: returns a new encoder for each dataset.  Raises DatasetError if the data is invalid.
     """

@@ -13,7 +13,7 @@ from sage.libs.finetune.kernels.product import lm_head_backward, lm_head_logits
 _CHUNK = 384
 #: Chunks are padded to a multiple of this many rows, because oneDNN compiles a matrix product for each new size.
 _ROWS_STEP = 64
-#: Minimum log probability, for probabilities that are rounded to zero.
+#: Minimum log probability, used instead of -inf if a probability is rounded to zero.
 _MIN_LOG_PROB = -100.0
 
 

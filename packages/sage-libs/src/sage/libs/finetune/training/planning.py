@@ -34,11 +34,11 @@ _SCARCE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Reduction:
-    """Smaller micro-batches, so that a run fits into its reservation."""
+    """The changes that make a run fit into its reservation: smaller micro-batches, and possibly gradient checkpointing."""
 
     halvings: int  #: how many times each micro-batch is cut in half
     checkpointing: bool  #: whether gradient checkpointing is used
-    estimate: TrainingEstimate  #: the memory that the run needs then
+    estimate: TrainingEstimate  #: the memory that the run needs after the reduction
 
     @property
     def message(self) -> str:
@@ -53,16 +53,16 @@ class Reduction:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The precision of a run, the memory that it needs, and the available memory."""
+    """The precision of a run, the memory that the run needs, and the available memory."""
 
     precision: Precision
-    needs: TrainingMemory  #: memory needed in this precision
+    needs: TrainingMemory  #: memory that the run needs with `precision`
     available_bytes: int  #: free memory; on a CPU, plus the memory that this process already uses
-    smaller: Precision | None  #: another allowed precision that needs less memory
-    allowed_bytes: float = math.inf  #: memory that the run may use by its reservation
+    smaller: Precision | None  #: another allowed precision, with which the run needs less memory
+    allowed_bytes: float = math.inf  #: memory that the reservation allows the run to use
 
     def fitted(self, largest_batch: Mapping[int, int]) -> "MemoryPlan":
-        """Return this plan if the run fits into memory; otherwise, return a plan with the precision `smaller`, if it is set.
+        """Return this plan if the run fits into memory or `smaller` is None. Otherwise, return a plan that uses `smaller`.
 
         largest_batch: the largest micro-batch, as a mapping from a length in tokens to the number of samples of this length.
         """
@@ -72,7 +72,7 @@ class MemoryPlan:
         return self
 
     def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
-        """Return the plan for the loaded model, which possibly does not support the planned precision or the kernels."""
+        """Return this plan, with `needs` for the precision and the kernels that the loaded model supports."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:
@@ -84,7 +84,7 @@ class MemoryPlan:
         return self.estimate(largest_batch).total_bytes > _SCARCE_SHARE * self.available_bytes
 
     def reduction(self, largest_batch: Mapping[int, int]) -> Reduction | None:
-        """Return how to reduce the run's memory to its reservation; None if all micro-batches fit, or one has no samples."""
+        """Return how to make the run fit into its reservation; None if the run fits or `largest_batch` is empty."""
         if not largest_batch or self.estimate(largest_batch).total_bytes <= self.allowed_bytes:
             return None
         longest, samples = max(largest_batch), sum(largest_batch.values())

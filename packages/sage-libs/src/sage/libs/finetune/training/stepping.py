@@ -17,9 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptingTrainer(UnboundedEpochs):
-    """Computes a micro-batch in parts if it does not fit into memory.
+    """Computes a micro-batch in parts if the whole micro-batch does not fit into memory.
 
-    The loss is a sum over tokens divided by the number of tokens in the step, so any split gives the same gradient.
+    The loss is a sum over tokens divided by the number of tokens in the step. Therefore, the sum of the parts' gradients is
+    the gradient of the micro-batch.
     """
 
     def __init__(
@@ -32,8 +33,9 @@ class AdaptingTrainer(UnboundedEpochs):
         rehearsal: Callable[[], Batch] | None = None,
         **options: Any,
     ) -> None:
-        """halvings: how many times each micro-batch is cut in half.  checkpointing: `on`, `off`, or `auto` (if needed).
+        """halvings: how many times each micro-batch is cut in half.
 
+        checkpointing: whether to use gradient checkpointing: `on`, `off`, or `auto` (only if memory is not sufficient).
         on_adapted: called when memory use is reduced, with a message, `halvings`, and whether gradient checkpointing is on.
         rehearsal: returns the largest micro-batch, which is computed before the first step to detect a lack of memory. The
         gradient of the rehearsal is discarded. None: no rehearsal.
@@ -48,7 +50,7 @@ class AdaptingTrainer(UnboundedEpochs):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Compute the loss of a micro-batch, add its gradient to the gradients of the parameters, and return the loss.
+        """Return the loss of a micro-batch, and add the gradient of the loss to the gradients of the parameters.
 
         If several processes train together, micro-batches are not cut, because each process must compute the same number of
         micro-batches.

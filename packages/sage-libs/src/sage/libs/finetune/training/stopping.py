@@ -1,4 +1,4 @@
-"""Requests to stop a run at its next safe point (SIGTERM or Ctrl-C)."""
+"""Requests (SIGTERM or Ctrl-C) to stop a run at its next safe point."""
 
 import signal
 

@@ -12,7 +12,8 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "vllm": 0.54, "llamacpp": 1.4, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
 }
-#: The same for requests to one whole model, which can be an adapter merged into its base. GPU: not measured.
+#: Like RELATIVE_SPEEDS, but for requests to one whole model, for example to an adapter that is merged into its base model.
+#: The values for a GPU are not measured.
 MERGED_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "llamacpp": 1.4, "vllm": 1.0, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
@@ -23,7 +24,7 @@ def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this 
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
     If some candidates can load adapters into a running server, only these candidates are compared.
-    purpose: end of the reason if there is only one candidate, such as "that can quantize the model to int8".
+    purpose: text at the end of the reason if there is only one candidate, such as "that can quantize the model to int8".
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:
@@ -35,9 +36,9 @@ def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this 
 def fastest(
     candidates: Sequence[Backend], device: str, default_speeds: Mapping[str, Mapping[str, float]]
 ) -> tuple[Backend, str]:
-    """Return the fastest backend according to the measurements of this machine, and the reason to show to users.
+    """Return the fastest backend, and the reason to show to users. Speeds that were measured on this machine are preferred.
 
-    default_speeds: relative speeds by kind of device, used if this machine has no measurements.
+    default_speeds: relative speeds by kind of device, used if no speeds were measured on this machine.
     """
     measured = saved_speeds(device)
     speeds = measured.tokens_per_second if measured else default_speeds.get(device, {})

@@ -15,7 +15,7 @@ from sage.llm.control_plane.store.leases import LeaseStore
 from sage.llm.control_plane.store.records import EngineRecord
 from sage.llm.control_plane.store.tables import webhook_messages
 
-#: The states that are announced.
+#: States that webhook messages announce.
 _ANNOUNCED = frozenset({EngineState.RUNNING, EngineState.PAUSED, EngineState.COMPLETED, EngineState.FAILED})
 
 
@@ -36,7 +36,7 @@ class WebhookMessage:
 
 
 class OutboxStore(LeaseStore):
-    """The methods of the store for webhook messages. They need no lease, because a message can be delivered twice."""
+    """The methods of the store for webhook messages. These methods need no lease: sending a message twice is no error."""
 
     endpoints: Collection[str] = ()  #: the endpoints of new messages
 
@@ -67,7 +67,7 @@ class OutboxStore(LeaseStore):
             )
 
     def _announce(self, connection: Connection, engine: EngineRecord) -> None:
-        """Write one message for each endpoint if the new state of an engine is announced."""
+        """Write one message for each endpoint if the new state of an engine is in `_ANNOUNCED`."""
         if not self.endpoints or engine.state not in _ANNOUNCED:
             return
         row = {"event_id": engine.last_event, "node": engine.node, "body": _body(engine), "attempts": 0}

@@ -31,7 +31,7 @@ _MAX_INT = 2**63
 E = TypeVar("E", bound=StrEnum)
 #: A position in the change feed: the id of the last event that was read, or `latest`.
 Cursor = Annotated[Annotated[int, Field(ge=0, lt=_MAX_INT)] | Literal["latest"], Query()]
-#: The id of the last event that the client received; browsers send this header if they reconnect.
+#: The header `Last-Event-ID`: the id of the last event that the client received. Browsers send the header if they reconnect.
 LastEventId = Annotated[int | None, Header(ge=0, lt=_MAX_INT)]
 
 
@@ -70,9 +70,9 @@ async def list_changes(
     follow: bool = False,
     last_event_id: LastEventId = None,
 ) -> EventPage | EventStream:
-    """Return the events of all engines after a cursor; with `follow`, stream them as server-sent events without end.
+    """Return the events of all engines after a cursor. With `follow`, stream past and new events as server-sent events.
 
-    With `after=latest`, the response contains no events, and `last_id` is the cursor for events from now on.
+    With `after=latest`, the response contains no past events, and `last_id` is the cursor for new events.
     The id of a server-sent event is a cursor. Clients that reconnect send this id as the header `Last-Event-ID`, which
     overrides `after`.
     """
@@ -106,7 +106,7 @@ async def get_queue(manager: Manager) -> EngineQueue:
 
 @router.post("/engines/{engine_id}/move", status_code=status.HTTP_202_ACCEPTED)
 async def move_engine(engine_id: str, request: MoveRequest, manager: Manager) -> EngineView:
-    """Move a waiting engine to another place in the queue, among the engines of its priority."""
+    """Move a waiting engine to another place in the queue, among the engines with the same priority."""
     return await manager.move_engine(engine_id, request.position)
 
 
@@ -130,7 +130,7 @@ async def checkpoint_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.post("/engines/{engine_id}/remove")
 async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
-    """Delete an engine that is stopped, completed or failed, and its run directory or log."""
+    """Delete a stopped, completed or failed engine. The engine's run directory or log is also deleted."""
     await manager.remove_engine(engine_id)
     return {"id": engine_id, "object": "engine", "deleted": True}
 
@@ -146,7 +146,7 @@ async def engine_logs(
     """Return the last lines of an engine's log; with `follow`, also stream new lines until the engine has ended.
 
     The header X-Log-Offset contains the byte offset at which a stream begins. To continue an interrupted stream, add the
-    number of received bytes to this offset, and send the sum as `offset`. An offset beyond the end means the end.
+    number of received bytes to this offset, and send the sum as `offset`. An offset beyond the end of the log means the end.
     """
     if not follow:
         return PlainTextResponse("".join(f"{line}\n" for line in await manager.get_logs(engine_id, tail)))
