@@ -119,7 +119,7 @@ def _of_paused(engine: EngineRecord, queue: Queue) -> Action | None:
             return Transition(engine, _S.QUEUED)
         case DesiredState.STOPPED:
             return Transition(engine, _S.STOPPED)
-        case DesiredState.PAUSED:  # an engine that was paused to make room resumes when enough memory is free
+        case DesiredState.PAUSED:  # an engine that was paused for another engine resumes when enough memory is free
             may_return = engine.id in queue.joins or isinstance(queue.decisions.get(engine.id), Start)
             return SetDesired(engine, DesiredState.RUNNING) if may_return else None
 

@@ -135,7 +135,7 @@ class Engine:
         try:
             if not request.stream:
                 return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))
-            first = await anext(job)  # if this raises an error, the client gets it as an HTTP status
+            first = await anext(job)  # if `anext` raises an error, the client gets an HTTP error status
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return EventStream(_events(first, job, shape, with_usage=with_usage), job)
         except BaseException:

@@ -19,8 +19,8 @@ Split = Literal["train", "validation"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-#: The words in a file's path that assign the file to a split. If the path contains words of several splits, the first of
-#: these splits is used. `test` is the first split, so that test data is never used for training.
+#: If the path of a file contains one of these words, the file belongs to the word's split. If the path contains words of
+#: several splits, the first of these splits is used. `test` is the first split, so test data is never used for training.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
