@@ -34,7 +34,7 @@ class Measurement:
 
 
 def measure(client: SageClient, model: str, max_tokens: int) -> Iterator[Measurement]:
-    """Serve `model` with each installed backend for language models in turn, and yield one measurement per backend."""
+    """Measure each installed backend for language models while the backend serves `model`, and yield the measurements."""
     for backend in client.backends():
         if EngineKind.LLM in backend.kinds and backend.is_installed:
             try:

@@ -18,7 +18,7 @@ _INHERITED = ("SAGE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME",
 _SYSTEMCTL_SECONDS = 60
 #: KillMode=process: systemd stops only the gateway, so engines survive a restart of the gateway.
 #: OOMPolicy=continue: if the kernel kills an engine that needs too much memory, the gateway survives.
-#: Exit code 2 is a wrong setting, which a restart does not correct.
+#: RestartPreventExitStatus=2: exit code 2 means that a setting is wrong, and a restart does not correct a wrong setting.
 _TEMPLATE = """\
 [Unit]
 Description=SAGE gateway: manages the engines that train and serve language models
@@ -48,12 +48,12 @@ class Status:
 
 
 def unit_path() -> Path:
-    """Return the path of the unit file; it need not exist."""
+    """Return the path of the unit file, even if the file does not exist."""
     return Unix(appname="systemd", appauthor=False).user_config_path / "user" / UNIT
 
 
 def unit_text() -> str:
-    """Return the unit for this Python environment and this SAGE_HOME."""
+    """Return the content of the unit file for the current Python environment and the current environment variables."""
     inherited = {name: value for name in _INHERITED if (value := os.environ.get(name))}
     if home := inherited.get("SAGE_HOME"):
         inherited["SAGE_HOME"] = str(Path(home).expanduser().absolute())
@@ -63,7 +63,7 @@ def unit_text() -> str:
 
 
 def ignored_variables() -> list[str]:
-    """Return the settings in the environment that the service does not inherit."""
+    """Return the names of the SAGE_ environment variables that the service does not inherit."""
     return sorted(name for name in os.environ if name.startswith("SAGE_") and name not in _INHERITED)
 
 
@@ -76,7 +76,10 @@ def install() -> Path:
 
 
 def uninstall() -> Path:
-    """Stop and disable the service if systemctl works, remove the unit file, and return its path. Raises NotFound."""
+    """Remove the unit file and return its path. If systemctl works, first stop and disable the service.
+
+    Raises NotFound if the unit file does not exist.
+    """
     path = unit_path()
     if not path.exists():
         raise NotFound(code="service_not_installed", message=f"No service is installed: {path} does not exist.")

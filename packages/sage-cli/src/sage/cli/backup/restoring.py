@@ -31,8 +31,8 @@ class Restored:
 def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restored:
     """Verify a backup, and write its files into this user's folders.
 
-    force: if the folders contain data, rename them instead of raising an error.  outputs: restore the output folders too.
-    begin: called with an activity and its size in bytes; returns a function, which is called with the size of each part.
+    force: if the folders contain data, rename the folders.  outputs: restore the output folders too.
+    begin: called with the name and the size in bytes of an activity. The returned function is called with each part's size.
     Raises BackupError if the backup is damaged or the disk is full. Raises Conflict if a process uses the folders, or if the
     folders contain data and `force` is False. In these cases, nothing is changed.
     """
@@ -68,7 +68,7 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
 
 
 def _check_unused(*, force: bool) -> None:
-    """Raise Conflict if a process uses this user's folders, or if they contain data and `force` is False."""
+    """Raise Conflict if a process uses this user's folders, or if the folders contain data and `force` is False."""
     paths = get_user_paths()
     for folder in (paths.state_dir, paths.finetuned_dir):
         for lock in folder.rglob("*.lock"):
@@ -110,7 +110,10 @@ def _staging(folder: Path) -> Path:
 
 
 def _put(staged: Path, folder: Path) -> Path | None:
-    """Rename a staged folder to its final name; return the new name of the folder that was there before."""
+    """Rename the folder `staged` to `folder`.
+
+    If `folder` is not empty, first rename `folder` to a new name. Returns this new name, or None.
+    """
     aside = None
     try:
         if _has_entries(folder):

@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
     """Attach the adapter in a folder to a base model. If the adapter was trained on another base model, log a warning.
 
-    Raises ModelError if the adapter does not fit the base model: different shapes, missing or unexpected weights.
+    Raises ModelError if the adapter does not fit the base model, for example because a weight is missing. If `is_trainable`
+    is False, also raises ModelError if a weight is not finite.
     """
     _warn_of_another_base(base, folder)
     try:
@@ -51,7 +52,7 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
 
 
 def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the weights (A, B) of a plain LoRA adapter for each linear layer, by layer name; the base model is not changed.
+    """Return the weights (A, B) of a plain LoRA adapter. Keys: names of linear layers. The base model is not changed.
 
     A: (rank, in_features).  B: (rank, out_features), scaled.  For an input x, the adapter adds x @ A.T @ B to the output.
     Raises ModelError if the adapter does not fit the base model, or if a weight is not finite.
@@ -69,7 +70,7 @@ def read_lora(base: PreTrainedModel, folder: Path) -> dict[str, tuple[Tensor, Te
 
 
 def merged(model: PeftModel) -> Any:
-    """Merge the adapter into its base model and return the base model; return `model` unchanged if merging is not supported.
+    """Merge the adapter into the base model, and return the base model. If merging is not supported, return `model`.
 
     Merging changes weights in place. If the adapter changes lm_head or the embedding, tied weights are untied first.
     """

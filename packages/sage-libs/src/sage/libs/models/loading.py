@@ -26,7 +26,7 @@ def local_folder(source: ModelSource) -> Path:
 
 
 def tokenizer_folder(source: ModelSource, base: Path) -> Path:
-    """Return the folder with a model's tokenizer: an adapter's folder if it has a tokenizer, else the base's folder."""
+    """Return the folder with a model's tokenizer: the folder of an adapter that has its own tokenizer, else `base`."""
     is_own = source.kind is ModelKind.ADAPTER and (source.folder / "tokenizer.json").is_file()
     return source.folder if is_own else base
 

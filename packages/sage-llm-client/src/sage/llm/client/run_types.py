@@ -1,4 +1,4 @@
-"""The types of requests about a training run: change its options, fork it."""
+"""Types of requests to change the options of a training run, and to fork a training run."""
 
 from typing import Any
 
@@ -9,17 +9,20 @@ from sage.llm.client.types import check_engine_name
 
 
 class TrainingChange(TrainingOptions):
-    """A request to change options of a training run from its next step on."""
+    """A request to change options of a training run. The new values are used from the next step on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TrainingChangeView(BaseModel):
-    """An accepted request to change options. It is applied when `training.change_revision` of the engine is `revision`."""
+    """An accepted change of options.
+
+    The change is applied when the engine's `training.change_revision` reaches `revision`.
+    """
 
     object: str = "training_change"
     engine_id: str
-    revision: int = Field(description="Number of the request in this run, from 1.")
+    revision: int = Field(description="Sequence number of the request in this run, from 1.")
 
 
 class ForkRequest(BaseModel):
@@ -28,10 +31,10 @@ class ForkRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     step: int | None = Field(None, ge=1, description="Step of the checkpoint; default: the newest checkpoint.")
-    name: str | None = Field(None, max_length=200, description="Name of the new engine; default: that of the other engine.")
+    name: str | None = Field(None, max_length=200, description="Name of the new engine; default: name of the forked engine.")
     output_dir: str = Field(min_length=1, description="Absolute path of a new or empty folder for the result.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the run that differ, for example `learning_rate` and `max_steps`."
+        default_factory=dict, description="Options that differ from the other run, such as `learning_rate` and `max_steps`."
     )
 
     @field_validator("name")

@@ -1,4 +1,4 @@
-"""Readers of the gateway's streams, which the sync and the async client share."""
+"""Readers of the gateway's streams. The sync client and the async client use the same readers."""
 
 import json
 import time
@@ -34,7 +34,7 @@ class StreamReader(Generic[T]):
         self.has_begun = False
 
     def begin(self, headers: Mapping[str, str]) -> None:
-        """Prepare to read the stream from a new answer with these `headers`."""
+        """Prepare to read the stream from a new HTTP response.  headers: headers of the response."""
         self.has_begun, self._lines = True, Lines()
 
     def feed(self, chunk: bytes) -> list[T]:
@@ -67,7 +67,7 @@ class LogReader(StreamReader[str]):
         return lines
 
     def finish(self) -> list[str]:
-        """Return the last line if it has no line end."""
+        """Return the last line if it has no line end, else []."""
         return [self._lines.rest.decode(errors="replace")] if self._lines.rest else []
 
 
@@ -91,7 +91,7 @@ class EventReader(StreamReader[EngineEvent]):
         return found
 
     def finish(self) -> list[EngineEvent]:
-        """Return no events, or raise GatewayUnreachable if the stream is endless."""
+        """Return []. Raises GatewayUnreachable if the end of the stream is an error."""
         if self._endless:
             raise GatewayUnreachable(code="stream_cut", message="The gateway ended the change feed.")
         return []

@@ -13,10 +13,10 @@ logger = logging.getLogger(__name__)
 
 
 class CoreBalancer:
-    """Changes the number of threads of servers that can change it while they run."""
+    """Changes the number of threads of running servers that support this change."""
 
     def __init__(self, cores: Cores, set_threads: Callable[[ServerRecord, int], Awaitable[None]]) -> None:
-        """set_threads: changes the number of threads of a server; raises OSError."""
+        """set_threads: changes the number of threads of a server, or raises OSError."""
         self._cores, self._set_threads = cores, set_threads
         self._changes: dict[str, asyncio.Task[None]] = {}
 
@@ -40,7 +40,7 @@ class CoreBalancer:
     async def _change(self, server: ServerRecord, threads: int) -> None:
         try:
             await self._set_threads(server, threads)
-        except OSError as error:  # retried at the next tick
+        except OSError as error:  # the next call of `balance` tries again
             logger.debug("%s", error)
 
     def _forget(self, server_id: str, _: asyncio.Task[None]) -> None:

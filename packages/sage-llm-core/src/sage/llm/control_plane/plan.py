@@ -31,22 +31,22 @@ _S = EngineState
 class Limits:
     """Time limits in seconds. No limit applies while a training run starts, trains or saves its result."""
 
-    start_seconds: float  #: maximum time until a started inference engine answers
+    start_seconds: float  #: maximum time that an inference engine can be in state `starting`
     #: Maximum time from SIGTERM until an inference engine exits, and from the end of a training run until its process exits.
     stop_seconds: float
-    #: Time without an answer after which requests are refused. After twice this time, the engine is restarted if its restart
-    #: policy is not `no`.
+    #: If an engine does not answer health checks for this time, requests to the engine are refused. After twice this time,
+    #: the engine is restarted, unless its restart policy is `no`.
     unresponsive_seconds: float = 30.0
     look_seconds: float = 5.0  #: if more time passes between two observations, only this number of seconds is counted
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The progress of the validation of an engine, and its result."""
+    """The progress and the result of an engine's validation."""
 
     is_done: bool
     reason: Reason | None = None  #: why the engine cannot be started; None: it can be started
-    values: Mapping[str, Any] = field(default_factory=dict)  #: columns of the engine that the validation determined
+    values: Mapping[str, Any] = field(default_factory=dict)  #: results to store in the engine's record, by column name
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Snapshot:
 
     engines: Sequence[EngineRecord]  #: the engines that are not stopped, completed or failed, oldest first
     servers: Mapping[str, ServerRecord]  #: by server id
-    observed: Mapping[str, Observed]  #: by engine id; if missing, it is not known whether the process is alive
+    observed: Mapping[str, Observed]  #: by engine id; if an engine is missing, it is not known whether its process is alive
     watches: Mapping[str, Watch]  #: by engine id
-    validations: Mapping[str, Validation]  #: by engine id; if missing, the validation has not begun
+    validations: Mapping[str, Validation]  #: by engine id; if an engine is missing, its validation has not begun
     limits: Limits
     memory: Memory | None = None  #: None: the devices are not known, so each engine can start
     cores: Cores | None = None  #: None: each program uses its default number of threads
@@ -119,7 +119,7 @@ def _of_paused(engine: EngineRecord, queue: Queue) -> Action | None:
             return Transition(engine, _S.QUEUED)
         case DesiredState.STOPPED:
             return Transition(engine, _S.STOPPED)
-        case DesiredState.PAUSED:  # an engine that made room returns when its memory is free
+        case DesiredState.PAUSED:  # an engine that was paused for another engine resumes when enough memory is free
             may_return = engine.id in queue.joins or isinstance(queue.decisions.get(engine.id), Start)
             return SetDesired(engine, DesiredState.RUNNING) if may_return else None
 
@@ -200,7 +200,7 @@ def _start(
     engine: EngineRecord, server: ServerRecord, observed: Observed, snapshot: Snapshot, hosts: Hosts
 ) -> Action | None:
     is_last = hosts.is_last(engine)
-    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # after the exit, `_settle` stores the reason
+    kill = SendSignal(engine, server, Signal.KILL, closes=is_last)  # after the exit, `_settle` stores why the start failed
     if is_misplaced(engine, server):
         return kill if is_last else _settle(engine, server, observed, snapshot)
     action: Action | None
@@ -233,7 +233,7 @@ def _settle(engine: EngineRecord, server: ServerRecord | None, observed: Observe
             return Transition(engine, state_without_process(engine), reason_of_stop(engine))
         case _S.RUNNING, None if engine.desired is DesiredState.PAUSED:  # the process exited before it was stopped
             return Transition(engine, _S.PAUSED, reason_of_stop(engine))
-        case _, _S.STOPPED if engine.desired is DesiredState.PAUSED:  # a training run that saved a checkpoint
+        case _, _S.STOPPED if engine.desired is DesiredState.PAUSED:  # the training run saved a checkpoint before it stopped
             return Transition(engine, _S.PAUSED, reason_of_stop(engine))
         case _S.STOPPING, _S.FAILED if engine.force:  # the new state is not `stopped`, because a killed run has no result
             message = "The run was killed, as requested. The steps since its last checkpoint are lost."

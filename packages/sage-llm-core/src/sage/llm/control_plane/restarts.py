@@ -18,9 +18,9 @@ def backoff_seconds(restarts: int) -> float:
 
 
 def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int | None:
-    """Return the number of the next restart of an engine whose process has exited, or None if the engine stays failed.
+    """Return an engine's new restart count after its process has exited, or None if the engine stays failed.
 
-    A run that reported its failure (such as a loss that is not finite) stays failed, because the run would fail again.
+    A training run that reported its failure (such as a NaN loss) stays failed, because a restart would fail again.
     """
     has_reported = (
         observed.ended is EngineState.FAILED and observed.reason and observed.reason.code != _EXITED_WITHOUT_REPORT
@@ -38,20 +38,20 @@ def next_restart(engine: EngineRecord, observed: Observed, watch: Watch) -> int 
 
 
 def is_repeated(engine: EngineRecord, observed: Observed) -> bool:
-    """Return whether a training run has crashed twice in a row at the same point, so that it would crash again."""
+    """Return whether a training run has crashed twice in a row at the same point. Such a run is not restarted."""
     return observed.crash is not None and observed.crash == engine.last_crash
 
 
 def not_restarted(reason: Reason | None) -> Reason | None:
-    """Return the reason of a crash with an explanation why the run is not restarted."""
+    """Return `reason` with a message that also says why the run is not restarted."""
     if reason is None:
         return None
-    message = f"{reason.message} It is not restarted, because it exited at the same point before."
+    message = f"{reason.message} The run is not restarted, because it exited at the same point before."
     return Reason(code=reason.code, message=message, hint=reason.hint)
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return the number of the next restart after a failure that an engine's server caused, or None if no restart is left.
+    """Return an engine's new restart count after a failure that its server caused, or None if no restart is left.
 
     The restart policy is ignored, because the engine did not cause the failure.
     """

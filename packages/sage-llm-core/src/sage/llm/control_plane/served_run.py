@@ -28,7 +28,7 @@ class ServedRun(BaseModel):
         return None if engine.serve is None else cls.model_validate(engine.serve)
 
     def published(self, step: int | None, engine_id: str | None) -> Self:
-        """Return a copy with the values after a publication.  step: step of the checkpoint, or None for the result."""
+        """Return a copy that records a publication.  step: step of the checkpoint, or None for the run's result."""
         version: dict[str, Any] = {"is_complete": True} if step is None else {"step": step, "after_step": None}
         return self.model_copy(update={"engine_id": engine_id, **version})
 

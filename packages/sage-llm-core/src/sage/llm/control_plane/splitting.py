@@ -1,4 +1,4 @@
-"""Distribute the requests for a route over its engines, by the weights of the engines."""
+"""Distribute the requests for a route over the engines of the route, in proportion to the engines' weights."""
 
 import hashlib
 import math

@@ -1,8 +1,8 @@
 """Deliver webhook messages, in the format of Standard Webhooks (https://www.standardwebhooks.com, specification 1.0.0).
 
-A message is sent until the endpoint answers with a status of 2xx, or until the attempts are used up. Messages remain in the
-database until then, so that a restarted gateway continues. An endpoint can receive a message more than once; the header
-`webhook-id` is the same each time.
+A message is sent repeatedly until the endpoint answers with a status of 2xx, or until no attempt is left. Until then, the
+message stays in the database, so that no message is lost if the gateway restarts. An endpoint can receive a message more
+than once; the header `webhook-id` is the same each time.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from sage.llm.control_plane.store.outbox import WebhookMessage
 from sage.llm.control_plane.store.store import Store
 
 logger = logging.getLogger(__name__)
-#: Waiting times after the first, second, … failed attempt. Source: the schedule in the specification, "Deliverability".
+#: Waiting times after the first, second, … failed attempt. Source: section "Deliverability" of the specification.
 _DELAYS_SECONDS = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 #: Maximum duration of an attempt. The specification recommends 15 to 30 s.
 _ATTEMPT_SECONDS = 15.0
@@ -45,7 +45,7 @@ class Webhooks:
         is_active: Callable[[], bool],
         delays_seconds: Sequence[float] = _DELAYS_SECONDS,
     ) -> None:
-        """Let `store` write messages for the URLs.  is_active: whether this control plane delivers the messages now."""
+        """Configure `store` to write messages for the URLs.  is_active: whether this control plane delivers messages now."""
         self._store, self._pool, self._node, self._is_active = store, pool, node, is_active
         self._delays_seconds = delays_seconds
         self._urls = {_endpoint(url): url for url in settings.webhook_urls}
@@ -62,7 +62,7 @@ class Webhooks:
                     tasks.create_task(self._deliver_all(endpoint))
 
     async def test(self) -> list[WebhookResult]:
-        """Send a test message to each URL at once, and return the results."""
+        """Send a test message to all URLs at the same time, and return the results."""
         body = json.dumps({"type": "webhook.test", "timestamp": datetime.now(UTC).isoformat(), "data": {}})
         messages = [WebhookMessage(time.time_ns(), endpoint, self._node, body, 0) for endpoint in self._urls]
         problems = await asyncio.gather(*map(self._send, messages))
@@ -90,7 +90,7 @@ class Webhooks:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _round(self, endpoint: str, due_seconds: dict[int, float]) -> None:
-        """Send each message that is due, one after another."""
+        """Send the messages that are due, one after another."""
         messages = await self._pool.run(self._store.messages, self._node, endpoint, limit=_MESSAGES_AT_ONCE)
         for message in messages:
             if due_seconds.get(message.event_id, 0.0) > time.monotonic():
@@ -115,7 +115,7 @@ class Webhooks:
         return None
 
     async def _send(self, message: WebhookMessage) -> str | None:
-        """Send a message once, and return the reason of a failure without secrets, or None after success."""
+        """Send a message once. Return None after success, else the reason of the failure. The reason contains no secrets."""
         assert self._signer
         now = datetime.now(UTC)
         headers = {
@@ -133,11 +133,11 @@ class Webhooks:
         except TimeoutError:
             return f"the endpoint did not answer within {_ATTEMPT_SECONDS:g} s"
         except Exception as error:  # noqa: BLE001 - for example, httpx.InvalidURL is not an HTTPError
-            return type(error).__name__  # without the message, which can contain the URL
+            return type(error).__name__  # the text of the error can contain the URL
 
 
 def _endpoint(url: str) -> str:
-    """Return the identifier of a URL in the database. It is a hash, because the path of a URL can contain a secret."""
+    """Return a URL's identifier in the database. The identifier is a hash, because a URL's path can contain a secret."""
     return hashlib.sha256(url.encode()).hexdigest()[:32]
 
 

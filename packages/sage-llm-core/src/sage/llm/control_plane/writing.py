@@ -11,12 +11,12 @@ ACTOR = "reconciler"
 
 
 class Writer:
-    """Calls methods of the store that write, with the lease that this control plane holds."""
+    """Calls the write methods of the store with the lease that this control plane holds."""
 
     def __init__(self, pool: Pool, held_lease: Callable[[], Lease]) -> None:
-        """pool: threads for the calls of the store; held_lease: returns the lease or raises LeaseLost."""
+        """pool: the threads that call the store.  held_lease: returns the lease, or raises LeaseLost."""
         self._pool, self._held_lease = pool, held_lease
 
     async def __call__(self, write: Callable[..., Any], *args: object, **values: object) -> Any:
-        """Return the result of `write`."""
+        """Call `write` in the pool, and return the result."""
         return await self._pool.run(functools.partial(write, *args, actor=ACTOR, lease=self._held_lease(), **values))

@@ -17,10 +17,10 @@ _SHORTEST_CLASS_TOKENS = 16
 
 @dataclass(eq=False)
 class Request:
-    """A request with waiting inputs, and the vectors computed so far."""
+    """A request and the vectors that have been computed so far."""
 
     job: Job[Any]
-    inputs: int
+    inputs: int  #: number of inputs
     vectors: dict[int, Any] = field(default_factory=dict)  #: by position of the input
 
     def add(self, position: int, vector: Any) -> None:
@@ -31,10 +31,10 @@ class Request:
 
 
 class Entry(NamedTuple, Generic[T]):
-    """A waiting input. The entries of a length class are served in ascending order of `turn` and `order`."""
+    """A waiting input. The entries of a length class are served in ascending order of `turn`, then of `order`."""
 
-    turn: float  #: time at which the input is complete in the simulation of `FairQueue`
-    order: int  #: order of arrival, for inputs with the same turn
+    turn: float  #: simulated time, in tokens, at which the input is complete; see `FairQueue`
+    order: int  #: sequence number of the input; decides between inputs with the same `turn`
     tokens: int
     request: Request
     position: int  #: position among the inputs of the request
@@ -42,17 +42,17 @@ class Entry(NamedTuple, Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Inputs of several requests, in classes of similar length (up to 16 tokens, up to 32, up to 64, ...).
+    """Inputs of several requests, in classes of similar length: up to 16 tokens, 17 to 32, 33 to 64, and so on.
 
-    The class of a batch is chosen by weighted fair queueing (Demers, Keshav and Shenker 1989). This method simulates that
-    all requests are computed at the same time with equal shares, the shortest input of a request first. Inputs are served in
-    the order in which they are complete in the simulation.
+    All inputs of a batch belong to the same class. The class is chosen by fair queueing (Demers, Keshav and Shenker 1989).
+    Fair queueing simulates that all requests are computed at the same time and with equal shares. Of each request, the
+    shortest input is computed first. The next batch begins with the input that is complete first in the simulation.
     """
 
     def __init__(self, max_tokens: int) -> None:
         """max_tokens: maximum number of tokens in a batch, with padding. A longer input is computed alone."""
         self._max_tokens = max_tokens
-        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: by padded length: a heap of waiting inputs
+        self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: key: padded length; value: heap of inputs
         self._waiting: Counter[Request] = Counter()
         self._served, self._order = 0.0, count()  #: `_served`: time of the simulation, in tokens
 
@@ -94,7 +94,7 @@ class Batcher(JobThread, Generic[T]):
         super().__init__("Embedding")
 
     def submit(self, inputs: Sequence[T], lengths: Sequence[int]) -> Job[list[Any]]:
-        """Queue a request. The returned job delivers the list of vectors in the order of the inputs.
+        """Add a request to the queue. The returned job delivers the list of vectors in the order of the inputs.
 
         Raises SageError if the thread has ended or was closed.
         """

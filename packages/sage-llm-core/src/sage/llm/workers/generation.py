@@ -79,7 +79,7 @@ class Engine:
         }  # fmt: skip
 
     async def set_threads(self, threads: int) -> None:
-        """Change the number of CPU threads before the next pass."""
+        """Change the number of CPU threads after the current forward pass."""
         await self._batch.set_threads(threads)
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Engine:
         try:
             if not request.stream:
                 return shape.whole(sorted([piece async for piece in job], key=lambda piece: piece.index))
-            first = await anext(job)  # if this raises an error, the client gets it as an HTTP status
+            first = await anext(job)  # if `anext` raises an error, the client gets an HTTP error status
             with_usage = bool(request.stream_options and request.stream_options.include_usage)
             return EventStream(_events(first, job, shape, with_usage=with_usage), job)
         except BaseException:
@@ -143,7 +143,7 @@ class Engine:
             raise
 
     def _check_memory(self, prompt_tokens: int, max_tokens: int, param: str) -> None:
-        """Raise ConfigError if an answer needs more than the whole key/value cache."""
+        """Raise ConfigError if the key/value cache is too small for the prompt and the longest possible answer."""
         answer_tokens = min(max_tokens, self._generator.context_tokens - prompt_tokens)
         if self._cache_tokens and prompt_tokens + answer_tokens > self._cache_tokens:
             raise ConfigError(
@@ -175,7 +175,7 @@ def build(
     served_name: str | None = None,
     cache_tokens: int | None = None,
 ) -> FastAPI:
-    """Load the model and return the server. Raises ModelError."""
+    """Load the model and return the server. Raises ModelError if the model cannot be loaded."""
     return create_server(Engine(Generator(name, dtype, context_tokens), max_tokens, slots, served_name, cache_tokens))
 
 
@@ -277,7 +277,7 @@ def main() -> None:
     """Serve until SIGTERM."""
     options = server.parser()
     options.add_argument("--dtype", default="auto")
-    options.add_argument("--max-tokens", type=int, default=1024, help="Maximum tokens of an answer if a request sets none.")
+    options.add_argument("--max-tokens", type=int, default=1024, help="Default maximum number of tokens of an answer.")
     options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens. Default: the model's limit.")
     options.add_argument("--cache-tokens", type=int, help="Maximum tokens of all prompts and answers in progress.")

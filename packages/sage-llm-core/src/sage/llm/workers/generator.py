@@ -1,4 +1,4 @@
-"""Load the base model, and create answers for it."""
+"""Load the base model, and create the answers that the model generates."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +23,10 @@ class Generator:
     """A base model, possibly with an adapter merged into it."""
 
     def __init__(self, name: str, dtype: str, context_tokens: int | None = None) -> None:
-        """Load the model.  context_tokens: maximum context length. None: the model's own limit.  Raises ModelError."""
+        """Load the model.  context_tokens: maximum context length. None: the model's own limit.
+
+        Raises ModelError if the model cannot be loaded.
+        """
         source, base_folder = load_source(name)
         default = "bf16" if torch.cuda.is_available() else "fp32"
         model = load_causal_lm(base_folder, _DTYPES[default if dtype == "auto" else dtype])

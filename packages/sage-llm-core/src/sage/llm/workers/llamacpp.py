@@ -15,13 +15,13 @@ from sage.libs.models.resolve import ModelKind, resolve_model
 from sage.llm.control_plane.backends.llamacpp import CONTEXT_TOKENS, SLOT_TOKENS
 from sage.llm.workers.failures import exit_on_error
 
-#: Sampling parameters by OpenAI's name: llama.cpp's name, and the default value.
+#: Sampling parameters. Keys: names in generation_config.json. Values: name in llama.cpp, and default value.
 _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("top_k", 0), "min_p": ("min_p", 0.0),
              "repetition_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
 
 
 def server_options(given: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of `llamacpp_server`, after creating the GGUF file if it does not exist. Raises SageError."""
+    """Create the GGUF file if it does not exist, and return the options of `llamacpp_server`. Raises SageError."""
     source = resolve_model(given.model)
     if source.kind is ModelKind.GGUF and given.precision is None:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()
@@ -40,7 +40,7 @@ def server_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Replace this process with the server. On a SageError, print it as the last line of the log, and exit with code 1."""
+    """Replace this process with the server. After a SageError, print the error as the last log line and exit with code 1."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--served-name", required=True, help="The model's name in requests.")
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--fd", type=int, required=True, help="File descriptor of a socket that reserves the port until the server listens."
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="Default: f32; a GGUF file keeps its own precision.")
+    parser.add_argument("--precision", choices=PRECISIONS, help="Default: precision of the GGUF file; f32 for other models.")
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context-tokens", type=int)
     parser.add_argument("--cache-tokens", type=int)
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
     configure_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # this also ends a running conversion
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `sys.exit` also ends a running conversion
     with exit_on_error():
         options = server_options(given)
     script = str(Path(__file__).with_name("llamacpp_server.py"))

@@ -16,7 +16,7 @@ Adjustment = Callable[[list[int], Tensor], Tensor]
 class RepetitionPenalty:
     """Penalizes tokens of the prompt and the answer, as in the CTRL paper.
 
-    Divides positive logits by a factor, and multiplies other logits by the factor.
+    A positive logit of such a token is divided by `factor`. A negative logit is multiplied by `factor`.
     """
 
     def __init__(self, prompt: Iterable[int], factor: float) -> None:
@@ -32,7 +32,7 @@ class RepetitionPenalty:
 
 
 class OccurrencePenalty:
-    """Subtracts from the logit of each token in the answer: `frequency` per occurrence, and `presence` once."""
+    """Reduces the logit of each token in the answer by `presence`, and by `frequency` for each occurrence of the token."""
 
     def __init__(self, frequency: float, presence: float) -> None:
         self._counts = Counter[int]()

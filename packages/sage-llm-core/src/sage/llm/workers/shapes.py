@@ -1,4 +1,4 @@
-"""Build responses in OpenAI's format for chats and completions, complete or streamed."""
+"""Build complete and streamed responses to chats and completions, in OpenAI's format."""
 
 import secrets
 import time
@@ -183,9 +183,9 @@ def _tool_call(call: Call) -> dict[str, Any]:
 
 
 def _by_token(score: TokenScore) -> dict[str, float] | None:
-    """Return the log-probabilities of the most likely tokens and of the generated token, by token text, as OpenAI does.
+    """Return the log-probabilities of the most likely tokens and of the generated token. Keys: the tokens as text.
 
-    Return None for the first token of an echoed prompt.
+    Returns None for the first token of an echoed prompt.
     """
     if score.logprob is None:
         return None

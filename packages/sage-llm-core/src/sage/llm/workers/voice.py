@@ -28,7 +28,10 @@ class Voice:
     """The tokenizer and chat template of a base model or of an adapter."""
 
     def __init__(self, folder: Path, generation_config: Any, context_tokens: int, embeddings: int) -> None:
-        """folder: contains the tokenizer.  embeddings: number of token embeddings in the model.  Raises ModelError."""
+        """folder: contains the tokenizer.  embeddings: number of token embeddings in the model.
+
+        Raises ModelError if the tokenizer cannot be loaded, or if the chat template takes longer than RENDER_SECONDS.
+        """
         self.tokenizer: Any = load_tokenizer(folder)
         if warning := ensure_chat_template(self.tokenizer):
             logger.warning("%s", warning)

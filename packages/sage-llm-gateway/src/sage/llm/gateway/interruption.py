@@ -41,7 +41,7 @@ class Interruption:
     """A context manager that cancels its block if the client disconnects or the engine does not respond.
 
     After the cancellation, the end of the block raises ClientDisconnect, or Overloaded if the engine `engine_id` does not
-    respond. Read the request's body before the block, because messages that arrive during the block are discarded.
+    respond. Read the request's body before the block: during the block, further parts of the body are discarded.
     """
 
     _reason: Exception | None = None
@@ -69,7 +69,7 @@ class Interruption:
             raise self._reason from error
 
     def check(self) -> None:
-        """Interrupt the block if the engine does not respond; at the first check, start to wait for a disconnection."""
+        """Interrupt the block if the engine does not respond. The first call also starts to listen for a disconnection."""
         if self._listening is None:
             self._listening = asyncio.create_task(self._listen())
         if self.engine_id and not self._is_responsive(self.engine_id):

@@ -26,9 +26,7 @@ def show(context: typer.Context, json_: Annotated[bool, typer.Option("--json", h
 @app.command("move")
 def move(
     engine_id: Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGINE")],
-    position: Annotated[
-        int, typer.Argument(min=1, help="New position in the queue, from 1, or as near to it as the priority allows.")
-    ],
+    position: Annotated[int, typer.Argument(min=1, help="New position in the queue, from 1. Priorities take precedence.")],
 ) -> None:
     """Move a waiting engine to another position in the queue."""
     from sage.cli import daemon

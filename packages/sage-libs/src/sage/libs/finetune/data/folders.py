@@ -19,8 +19,8 @@ Split = Literal["train", "validation"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-#: Words that name a split in file and folder names, as on the hub. The first split with a match is used. `test` is the first
-#: split, so that test data is never used for training.
+#: If the path of a file contains one of these words, the file belongs to the word's split. If the path contains words of
+#: several splits, the first of these splits is used. `test` is the first split, so test data is never used for training.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
@@ -28,7 +28,7 @@ _SPLIT_WORDS = {
 }
 #: Metadata files that the library `datasets` writes; they contain no samples.
 _NO_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-#: File name of a shard (one of several files of a split) on the hub.
+#: Pattern for the file name of a shard on the Hugging Face Hub. A shard is one of the files into which a split is divided.
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*")
 
 
@@ -37,7 +37,7 @@ class Selection:
     """The files of a dataset."""
 
     files: list[Path]
-    skipped: list[Path] = field(default_factory=list)  #: data files of other splits
+    skipped: list[Path] = field(default_factory=list)  #: data files of the folder that are not in `files`
 
 
 def suffix_of(path: Path) -> str:
@@ -50,7 +50,7 @@ def suffix_of(path: Path) -> str:
 
 
 def select_files(path: Path, split: Split = "train") -> Selection:
-    """Return the files to read: the file itself, or the files of one split of a folder.
+    """Return the files to read. If `path` is a folder, these are the files of one split.
 
     Raises DatasetError if there are no files to read.
     """
@@ -126,7 +126,10 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files. If shards have several names, such as `train` and `train_sft`, return only the shards of `split`."""
+    """Return the files of one dataset. If there are several datasets, return the files of the dataset named like the split.
+
+    Shards with different names, such as `train` and `train_sft`, belong to different datasets.
+    """
     shards = {file: match["split"] for file in files if (match := _SHARD.fullmatch(file.name))}
     names = sorted(set(shards.values()))
     if len(names) < 2:
@@ -164,7 +167,7 @@ def _saved_splits(folder: Path, split: Split) -> Selection:
 
 
 def _configured(folder: Path) -> list[tuple[str, Path]]:
-    """Return split and path of each file that the README.md of a hub repository lists in `configs`, or []."""
+    """Return the split and the path of each file that README.md lists in `configs`, or [] if there is no such list."""
     named = _card(folder).get("configs")
     configs = (
         [config for config in named if isinstance(config, dict) and "data_files" in config]

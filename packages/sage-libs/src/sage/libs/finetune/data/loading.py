@@ -19,8 +19,9 @@ from sage.libs.finetune.data.folders import Split, select_files, suffix_of, unus
 from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
-#: Maximum length of a CSV cell in characters, and of a .jsonl line in bytes.
+#: Maximum length of a CSV cell, in characters.
 _CSV_FIELD_BYTES = 64 * 2**20
+#: Maximum length of a .jsonl line, in bytes.
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -199,7 +200,11 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
             if len(row) == len(header):
                 yield origin, {name: cell for name, cell in zip(header, row, strict=True) if cell != ""}
             else:
-                yield Fault(origin, f"{len(header)} columns are expected, found {len(row)}.", "Quote cells with commas.")
+                yield Fault(
+                    origin,
+                    f"{len(header)} columns are expected, found {len(row)}.",
+                    "Put quotes around cells that contain commas.",
+                )
 
 
 def _record_broken(lines: Iterable[str], broken: list[int]) -> Iterator[str]:
@@ -251,7 +256,7 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
     with pa.OSFile(str(path)) as source:
         try:
             batches: Iterable[Any] = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:  # not Arrow's stream format, so try the file format
+        except pa.ArrowInvalid:  # the content is not in Arrow's stream format, so Arrow's file format is tried
             source.seek(0)
             file = pa.ipc.open_file(source)
             batches = (file.get_batch(index) for index in range(file.num_record_batches))

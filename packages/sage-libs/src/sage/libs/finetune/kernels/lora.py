@@ -1,4 +1,4 @@
-"""Fuse linear layers that have the same input into one larger layer, and their LoRA adapters into one larger adapter.
+"""Replace linear layers that share an input by one larger layer, and their LoRA adapters by one larger adapter.
 
 The adapter parameters are read from PEFT's modules at every call, and receive gradients. The frozen weights receive no
 gradients.
@@ -35,7 +35,7 @@ class StackedAdapters:
     """The adapters of several layers as two matrices, in the compute dtype."""
 
     adapters: list[Adapter]
-    lora_a: Tensor  #: (ranks, inputs): the concatenated matrices A
+    lora_a: Tensor  #: (ranks, in_features): the concatenated matrices A
     lora_b: Tensor  #: (outputs, ranks): the scaled matrices B on the block diagonal
 
 
@@ -64,8 +64,8 @@ class Projections:
     def quantize(self) -> float | None:
         """Quantize the weights to int8, use int8 products in training, and free the dense weights.
 
-        Returns the relative error of the product for the recorded inputs. If no inputs were recorded or the error is too
-        large, the dense weights stay in use, and None is returned.
+        Returns the relative error of the int8 product for the recorded inputs. If no inputs were recorded or the error is
+        too large, the dense weights stay in use, and None is returned.
         """
         if not self._recorded:
             return None
@@ -87,7 +87,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Restore the layers' dense weights from the int8 copy if there is one, for the `forward` of transformers."""
+        """Restore the dense weights from the int8 copy, if there is one. Modules of transformers need dense weights."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 
@@ -111,9 +111,9 @@ class Projections:
         return StackedAdapters(adapters, lora_a, lora_b)
 
     def forward(self, inputs: Tensor, stacked: StackedAdapters | None) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs W x + bias + B A x, (tokens, outputs), and the products A x, (tokens, ranks).
+        """Return the outputs W x + bias + B A x of shape (tokens, outputs), and the products A x of shape (tokens, ranks).
 
-        inputs: (tokens, inputs). The outputs have the dtype of the weights.
+        inputs: shape (tokens, in_features). The outputs have the dtype of the weights.
         """
         inputs = inputs.to(self.compute_dtype)
         if self._recorded is not None:
@@ -141,9 +141,10 @@ class Projections:
         onto: Tensor | None = None,
         needs_inputs: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Return the gradient of the inputs and the gradients of `parameters()`; grad: (tokens, outputs).
+        """Return the gradient of the inputs and the gradients of `parameters()`.
 
-        onto: another gradient of the same inputs in `compute_dtype`; the new gradient is added to `onto` in place.
+        grad: gradient of the outputs, of shape (tokens, outputs).
+        onto: another gradient of the same inputs, with dtype `compute_dtype`. The new gradient is added to `onto` in place.
         """
         grad = grad.to(self.compute_dtype)
         grad_inputs = None
@@ -196,7 +197,7 @@ class _Project(torch.autograd.Function):
 
 
 def project(inputs: Tensor, projections: Projections) -> Tensor:
-    """Return the concatenated outputs of all layers, (tokens, outputs), for inputs (…, inputs)."""
+    """Return the concatenated outputs of all layers, of shape (tokens, outputs).  inputs: shape (…, in_features)."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return _Project.apply(flat, saved(inputs), projections, *projections.parameters())
 

@@ -24,7 +24,7 @@ _GELU_TANH = Activation(
     lambda x: nn.functional.gelu(x, approximate="tanh"),
     lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
 )
-#: Supported activations, by class name in transformers' ACT2FN.
+#: Supported activations. Keys: names of classes in transformers' ACT2FN.
 _ACTIVATIONS = {"SiLU": _SILU, "SiLUActivation": _SILU, "GELUTanh": _GELU_TANH, "PytorchGELUTanh": _GELU_TANH}
 
 MakeProjections: TypeAlias = Callable[[Sequence[nn.Module]], Projections]
@@ -91,7 +91,7 @@ class GatedMlp:
         return cls(layers, activation, make)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the block's output for inputs (…, hidden_size), in the same shape."""
+        """Return the output of the block. The inputs and the output have the shape (…, hidden_size)."""
         gate, up, down = (part.parameters() for part in (self.gate, self.up, self.down))
         flat = inputs.reshape(-1, inputs.shape[-1])
         counts = len(gate), len(gate) + len(up)

@@ -1,7 +1,8 @@
 """Change options of a run while the run trains.
 
-A request is stored in the file `options.json` of the run directory. Between two steps, the worker compares the file with
-the last one, appends the event `changed`, and then uses the new values. A resumed run repeats the changes of the events.
+A request is stored in the file `options.json` of the run directory. Between two steps, the worker reads the file if the file
+was replaced. If the file contains a new request, the worker appends the event `changed`, and then uses the new values. A
+resumed run uses the changes in its events again.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from sage.libs.finetune.run.summary import read_status
 class ChangeRequest:
     """The content of `options.json`."""
 
-    revision: int  #: number of the request, from 1
+    revision: int  #: sequence number of the request in this run, from 1
     options: TrainingOptions
 
 
@@ -31,7 +32,7 @@ _REQUEST = TypeAdapter(ChangeRequest)
 
 
 def request_change(run: RunDirectory, options: TrainingOptions) -> int:
-    """Store a request and return its revision. If the previous request has not been applied yet, both are applied."""
+    """Store a request and return its revision. If the previous request is not applied yet, combine both requests."""
     with held_lock(run.options_path.with_suffix(".lock")):
         pending, applied = read_request(run), read_status(run).change_revision
         if pending and pending.revision > applied:
@@ -42,7 +43,7 @@ def request_change(run: RunDirectory, options: TrainingOptions) -> int:
 
 
 def read_request(run: RunDirectory) -> ChangeRequest | None:
-    """Return the last request; None if there is none."""
+    """Return the request in `options.json`, or None if the file does not exist."""
     try:
         return _REQUEST.validate_json(run.options_path.read_bytes())
     except FileNotFoundError:
@@ -50,13 +51,13 @@ def read_request(run: RunDirectory) -> ChangeRequest | None:
 
 
 class RequestReader:
-    """Reads `options.json` only if the file was replaced."""
+    """Reads `options.json` only if the file was replaced since the last read."""
 
     def __init__(self, run: RunDirectory) -> None:
         self._run, self._seen = run, (0, 0)
 
     def read(self) -> ChangeRequest | None:
-        """Return the last request if it is new; otherwise None."""
+        """Return the request in `options.json` if the file was replaced since the last call, else None."""
         try:
             found = self._run.options_path.stat()
         except FileNotFoundError:
@@ -74,7 +75,7 @@ def recorded_changes(run: RunDirectory) -> list[ChangedEvent]:
 
 
 def configured_options(config: FinetuneConfig) -> TrainingOptions:
-    """Return the options that a run uses if nothing is changed; `max_steps` is None if the epochs determine the steps."""
+    """Return the options in a run's configuration. `max_steps` is None if the number of epochs determines the steps."""
     return TrainingOptions(
         learning_rate=config.learning_rate,
         max_steps=config.max_steps,
@@ -83,7 +84,10 @@ def configured_options(config: FinetuneConfig) -> TrainingOptions:
 
 
 def options_at(configured: TrainingOptions, changes: Sequence[ChangedEvent], step: int) -> TrainingOptions:
-    """Return the options of a step. A later request overrides an earlier one, even if the earlier one begins later."""
+    """Return the options that apply at a step.
+
+    A newer request overrides an older request, even if the older request takes effect at a later step.
+    """
     for change in changes:
         if change.step <= step:
             configured = changed(configured, change.new)
@@ -91,7 +95,7 @@ def options_at(configured: TrainingOptions, changes: Sequence[ChangedEvent], ste
 
 
 def changed(options: TrainingOptions, new: TrainingOptions) -> TrainingOptions:
-    """Return the options with the values of `new` that are not None."""
+    """Return a copy of `options` in which the values of `new` that are not None replace the old values."""
     return options.model_copy(update=new.model_dump(exclude_none=True))
 
 

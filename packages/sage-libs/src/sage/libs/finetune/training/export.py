@@ -42,8 +42,8 @@ def export_result(
     """Write the current trained weights to the output folder; each file is replaced atomically.
 
     source: folder of the base model.
-    metrics: step, total_steps, and held-out losses (None: not measured); written to `sage_run.json` with the configuration.
-    memory: estimated memory and measured peak, in bytes; also written to `sage_run.json`.
+    metrics: step, total_steps, and held-out losses (None: not measured).
+    memory: estimated memory and measured peak, in bytes. `sage_run.json` contains the metrics and the memory.
     """
     output = Path(spec.config.output_dir)
     check_owner(output, spec.task_id)

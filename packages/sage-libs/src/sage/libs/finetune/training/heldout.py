@@ -30,13 +30,13 @@ class HeldOut:
     ) -> None:
         """Read earlier measurements from the run's events.
 
-        samples: the held-out samples, or [].  check: called before each batch; an exception ends the measurement.
+        samples: the held-out samples, or [].  check: called before each batch. If `check` raises, the measurement ends.
         eval_steps: steps between two measurements; None: measure only before and after training.
         patience: number of measurements without improvement after which the run ends; None or 0: no early stopping.
         """
         self.run, self.samples, self._check = run, samples, check
         self._batch_size, self._eval_steps = batch_size, eval_steps
-        self.patience = patience  #: as in the arguments; can be changed during the training
+        self.patience = patience  #: the argument `patience`; can be changed during the training
         scored = [event for event, _ in run.read_events() if isinstance(event, EvalEvent)]
         self.losses: dict[int, float] = {event.step: event.loss for event in scored}  #: losses in nats per token, by step
         self._seconds = scored[-1].seconds if scored else 0.0
@@ -70,7 +70,7 @@ class HeldOut:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the loss has not improved for `early_stopping_patience` measurements."""
+        """Whether the loss has not improved in the last `patience` measurements. False without early stopping."""
         patience, best = self.patience, self.best_step
         return bool(patience and best is not None and sum(step > best for step in self.losses) >= patience)
 

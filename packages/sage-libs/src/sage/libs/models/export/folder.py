@@ -16,9 +16,9 @@ _RESERVE_BYTES = 200_000_000
 
 @contextlib.contextmanager
 def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; rename it to `target` at the end, or remove it after any exception.
+    """Yield a new folder beside `target`. At the end, rename the folder to `target`. After an exception, remove the folder.
 
-    Raises OutputError if the target exists or cannot be written, or if less than `needed_bytes` are free on the disk.
+    Raises OutputError if the target exists or cannot be written, or if the disk has too little free space.
     """
     if target.exists():
         raise _unusable(target, "exists already", "Use --output with a folder that does not exist yet.")
@@ -42,7 +42,7 @@ def new_folder(target: Path, needed_bytes: float) -> Iterator[Path]:
 
 
 def parameter_count(source: ModelSource) -> int:
-    """Return the number of parameters of a model without its adapter; 0 for a GGUF file or a model not yet downloaded."""
+    """Return the number of parameters of a model without its adapter; 0 if there is no safetensors file."""
     folder = (source.base or source).folder
     headers = [safetensors_header(file) for file in folder.glob("*.safetensors")]
     return sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())

@@ -1,4 +1,4 @@
-"""The backend for OpenVINO, which runs models on a CPU in a separate environment."""
+"""The backend for OpenVINO, which runs models on a CPU in a separate Python environment."""
 
 import os
 import sys
@@ -57,7 +57,7 @@ class OpenVinoBackend(WorkerBackend):
         return "OpenVINO serves only adapters that are merged into their base"
 
     def estimate(self, model: ModelSource, options: OpenVinoOptions) -> MemoryEstimate | None:
-        """Return the memory of the server."""
+        """Return the estimated memory of the server, or None if the sizes of the model are not known."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

@@ -16,7 +16,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 def placement(engine: EngineRecord) -> Mapping[str, Any]:
     """Return an engine's columns `base`, `base_version`, `adapter` and `form` (how the model is served, as text).
 
-    Raises ModelError.
+    Raises ModelError if the model is not found, or if the backend cannot serve the adapter.
     """
     source, backend = resolve_model(engine.model), registry.serving(engine.backend)
     if source.base is None:
@@ -32,10 +32,11 @@ def placement(engine: EngineRecord) -> Mapping[str, Any]:
 
 
 def like_its_base(engine: EngineRecord, servers: Iterable[ServerRecord], given: Mapping[str, Any]) -> EngineRecord:
-    """If an engine serves an adapter, return the engine with the backend and options of the first server that it can join.
+    """Return the engine with the backend and the options of the first server that can load the engine's adapter.
 
     The engine is not changed if its model is no adapter, if the request named a backend or a port, or if no server fits.
-    given: options that the user has set. The server must have the same values. Raises ModelError.
+    given: options that the user has set. The server must have the same values for these options.
+    Raises ModelError if the model is not found.
     """
     base = resolve_model(engine.model).base
     if base is None or engine.backend_reason is None or engine.requested_port:
@@ -70,7 +71,7 @@ def _form(how: str, engine: EngineRecord) -> str:
 def _shared(base: ModelSource | None) -> dict[str, str | None]:
     """Return the columns `base` and `base_version`.  base: the model of a shared server. None: the server is not shared.
 
-    A GGUF file and its converted form are the same model.
+    The columns are equal for a GGUF file and for the safetensors that were created from the file.
     """
     if base is None:
         return {"base": None, "base_version": None}

@@ -49,13 +49,13 @@ class RouteStore(FeedStore):
         targets = [target.model_dump() for target in engines]
         with self._fenced(lease, lease.node) as connection:
             shares = ", ".join(f"{target.engine}={target.weight}" for target in engines)
-            self._event(connection, "", EventKind.ROUTE, actor, reason=shares, route=name)  # from here, other writers wait
+            self._event(connection, "", EventKind.ROUTE, actor, reason=shares, route=name)  # from now on, other writers wait
             connection.execute(delete(routes).where(routes.c.node == lease.node, routes.c.name == name))
             row = {"node": lease.node, "name": name, "engines": targets, "fallback": fallback, "updated_at": clock()}
             connection.execute(insert(routes).values(row))
 
     def remove_route(self, name: str, *, actor: str, lease: Lease) -> None:
-        """Delete a route, and add an event to the change feed. Raises NotFound."""
+        """Delete a route, and add an event to the change feed. Raises NotFound if the route does not exist."""
         with self._fenced(lease, lease.node) as connection:
             self._event(connection, "", EventKind.ROUTE, actor, reason="removed", route=name)
             if not connection.execute(delete(routes).where(routes.c.node == lease.node, routes.c.name == name)).rowcount:

@@ -79,7 +79,7 @@ engines = Table(
     Index("ix_engines_active_port", "node", "requested_port", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_active", "node", "first_event", sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     Index("ix_engines_server", "server_id"),
-    # Indexes for the pages of the list of engines. A query reads a few ranges of one index, already sorted like the page.
+    # Indexes for the paginated list of engines. A query reads a few ranges of one index. Each range is sorted like the list.
     Index("ix_engines_order", "first_event", unique=True),
     Index("ix_engines_state_kind", "state", "kind", "first_event"),
     Index("ix_engines_node_state_kind", "node", "state", "kind", "first_event"),
@@ -153,7 +153,8 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node. Rows are never deleted, so that the fence (the number of takeovers) never decreases.
+#: One row for each node. Each control plane that takes over a lease increments the fence of the lease. Rows are never
+#: deleted, so that no fence decreases.
 leases = Table(
     "leases",
     metadata,

@@ -1,4 +1,4 @@
-"""Add routes, and columns to serve training runs and to unload idle engines.
+"""Add the table of routes, and the columns that are needed to serve training runs and to stop idle engines.
 
 Revision ID: 0005
 """
