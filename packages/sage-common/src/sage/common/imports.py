@@ -5,9 +5,9 @@ import gc
 import sys
 from collections.abc import Iterable, Iterator
 
-#: Packages that transformers imports if they are installed, but that language models do not use. The imports take 1 s and
-#: 120 MB.
-UNUSED_BY_MODELS = ("datasets", "pandas", "scipy", "sklearn")
+#: Packages that transformers imports if they are installed, although language models do not need them. The imports take 1 s
+#: and 120 MB.
+UNUSED_BY_LANGUAGE_MODELS = ("datasets", "pandas", "scipy", "sklearn")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sage.common import disks
 from sage.common.errors import RunError, SageError, first_line
-from sage.common.imports import UNUSED_BY_MODELS, fast_imports
+from sage.common.imports import UNUSED_BY_LANGUAGE_MODELS, fast_imports
 from sage.common.logs import configure_logging
 from sage.common.paths import private_folder
 from sage.common.processes import LOCK_FD_VARIABLE, try_lock, write_identity
@@ -110,7 +110,7 @@ def _train(run: RunDirectory, stop: StopRequest) -> None:
     make_importable(config)
     # Both modules import torch, which takes seconds. They are imported here, after the signal handlers are installed.
     if config.method == "sft":
-        with fast_imports(UNUSED_BY_MODELS):
+        with fast_imports(UNUSED_BY_LANGUAGE_MODELS):
             from sage.libs.finetune.training.trainer import TrainingRun as Run
     else:
         with fast_imports():

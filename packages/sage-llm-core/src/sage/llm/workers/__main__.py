@@ -3,8 +3,9 @@
 import importlib
 import sys
 
-from sage.common.imports import UNUSED_BY_MODELS, fast_imports
+from sage.common.imports import UNUSED_BY_LANGUAGE_MODELS, fast_imports
 
-with fast_imports(UNUSED_BY_MODELS):
-    server = importlib.import_module(f"sage.llm.workers.{sys.argv.pop(1)}")
+name = sys.argv.pop(1)
+with fast_imports(() if name == "embedding" else UNUSED_BY_LANGUAGE_MODELS):
+    server = importlib.import_module(f"sage.llm.workers.{name}")
 server.main()
