@@ -10,6 +10,7 @@ from torch import Tensor
 from sage.libs.finetune.kernels import int8, native
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.kernels.int8 import Int8Matrix, quantize, rescale
+from sage.libs.finetune.kernels.lora import Projections
 
 NO_COMPILER = native.library(int8._SOURCE)[1]
 needs_compiler = pytest.mark.skipif(bool(NO_COMPILER), reason=NO_COMPILER)
@@ -106,6 +107,16 @@ def test_in_evaluation_and_for_generation_only_the_weights_are_rounded() -> None
             assert 0 < moved.norm() / expected.norm() < 0.02
 
 
+def test_a_layer_without_recorded_inputs_stays_whole_and_records_no_more() -> None:
+    layer = torch.nn.Linear(4, 3)
+    projections = Projections([layer])
+    projections.record_inputs()
+    assert projections.quantize() is None
+    projections.forward(random(2, 4), None)
+    assert projections.quantize() is None  # the input was not kept
+    assert layer.weight.numel() == 12
+
+
 def test_what_does_not_bear_it_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not shrunk("llama", **LORA["dropout"])[0].int8_matrices
     forward = Int8Matrix.forward
@@ -132,7 +143,7 @@ def test_c_is_compiled_once_and_where_it_cannot_be_that_is_said(
     source.write_text("int half(")
     library, problem = compiled(source)
     assert library is None
-    assert problem.startswith("broken.c cannot be compiled: ")
+    assert problem.startswith("broken.c cannot be compiled or loaded: ")
     source.write_text("int half(int whole) { return whole / 2; }")
     for _ in range(2):
         library, problem = compiled(source)

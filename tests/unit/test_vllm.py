@@ -33,7 +33,7 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_installed")
 def test_the_command_has_the_options_and_the_socket() -> None:
     argv = VllmBackend().argv("/m", "sage-a-1", VllmOptions(slots=4, context_tokens=512, max_rank=64, threads=1))
-    given = dict(zip(argv[3::2], argv[4::2], strict=False))
+    given = dict(zip(argv[4::2], argv[5::2], strict=False))
     expected = {"--model": "/m", "--served-model-name": "sage-a-1", "--fd": DESCRIPTOR_ARGUMENT, "--dtype": "float32",
                 "--max-num-seqs": "4", "--max-model-len": "512", "--max-lora-rank": "64"}  # fmt: skip
     assert expected.items() <= given.items()

@@ -71,7 +71,7 @@ OPTIONS = (
     TrainingOption("exclude_modules", str, None, "Names of layers not to adapt, separated by commas."),
     TrainingOption("modules_to_save", str, None, "Names of modules to train fully, separated by commas."),
     TrainingOption("use_rslora", bool, False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).", "--use-rslora"),
-    TrainingOption("use_dora", bool, False, "Train magnitude and direction separately (DoRA); slower.", "--use-dora"),
+    TrainingOption("use_dora", bool, False, "Train the direction and length of weights separately (slower).", "--use-dora"),
     TrainingOption("loraplus_lr_ratio", float, None, "LoRA+: ratio of the learning rates of matrix B and matrix A."),
     TrainingOption("train_on", str, "assistant", "Tokens to compute the loss on: assistant, last_turn or all."),
     TrainingOption("method", str, "sft", "sft (answers), dpo, orpo or kto (preferences), grpo (rewards)."),

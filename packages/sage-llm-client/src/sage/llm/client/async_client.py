@@ -90,7 +90,7 @@ class AsyncSageClient:
         return await self._send(calls.get(engine_id))
 
     async def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine stops. This method does not wait until the engine stops. `force` kills the process."""
+        """Request that an engine stops, and return without waiting for this. `force` kills the process."""
         return await self._send(calls.stop(engine_id, force=force))
 
     async def pause_engine(self, engine_id: str) -> EngineView:
@@ -102,10 +102,7 @@ class AsyncSageClient:
         return await self._send(calls.queue())
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to a position in the queue, or as near to this position as the engine's priority allows.
-
-        position: 1 is the first position.
-        """
+        """Move a waiting engine to `position` in the queue (from 1). The engine's priority can limit the move."""
         return await self._send(calls.move(engine_id, position))
 
     async def resume_engine(self, engine_id: str) -> EngineView:
@@ -128,7 +125,7 @@ class AsyncSageClient:
         return await self._send(calls.fork(engine_id, request))
 
     async def remove_engine(self, engine_id: str) -> None:
-        """Delete a stopped, completed or failed engine and the engine's log and checkpoints."""
+        """Delete a stopped, completed or failed engine with its log and its checkpoints."""
         await self._send(calls.remove(engine_id))
 
     async def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
@@ -168,9 +165,9 @@ class AsyncSageClient:
         return await self._send(calls.changes(after, limit))
 
     async def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
-        """Yield the events of all engines, starting after the event with the id `after`, then each new event, without end.
+        """Yield the events of all engines after the event with the id `after`, then each new event.
 
-        If `after` is "latest", only new events are yielded.
+        The iterator never ends. If `after` is "latest", it yields only new events.
         """
         cursor = (await self.changes(after)).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)

@@ -97,14 +97,11 @@ class SageClient:
         return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request an engine to stop, without waiting for its exit. `force` kills the process."""
+        """Request that an engine stops, and return without waiting for this. `force` kills the process."""
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine is paused: it frees its memory, and stays paused until a user resumes it.
-
-        A training run first saves a checkpoint.
-        """
+        """Request that an engine frees its memory until a user resumes it. A training run first saves a checkpoint."""
         return self._send(calls.pause(engine_id))
 
     def queue(self) -> list[EngineView]:
@@ -135,7 +132,7 @@ class SageClient:
         return self._send(calls.fork(engine_id, request))
 
     def remove_engine(self, engine_id: str) -> None:
-        """Delete an engine that is stopped, completed or failed, with its log and checkpoints."""
+        """Delete a stopped, completed or failed engine with its log and its checkpoints."""
         self._send(calls.remove(engine_id))
 
     def get_logs(self, engine_id: str, tail: int = 100) -> list[str]:
@@ -192,7 +189,7 @@ class SageClient:
     def set_route(self, name: str, engines: Mapping[str, int], fallback: str | None = None) -> RouteView:
         """Create or replace a route.
 
-        engines: maps the id, name or model of each engine to its weight.
+        engines: the weight of each engine. The keys are ids, names or models of engines.
         fallback: id, name or model of the engine that answers if none of `engines` can answer.
         """
         return self._send(calls.set_route(name, engines, fallback))
@@ -202,7 +199,7 @@ class SageClient:
         self._send(calls.remove_route(name))
 
     def devices(self) -> list[Device]:
-        """Return the GPUs and the main memory."""
+        """Return the GPUs and the main memory of the gateway's node."""
         return self._send(calls.devices())
 
     def estimate(self, model: str, **request: Any) -> EstimateView:

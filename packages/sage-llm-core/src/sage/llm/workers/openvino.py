@@ -52,7 +52,7 @@ def main() -> None:
     options.add_argument("--slots", type=int, required=True, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens, if shorter than the model's.")
     options.add_argument("--cache-tokens", type=int, help="Maximum tokens of all prompts and answers in progress.")
-    options.add_argument("--max-tokens", type=int, required=True, help="Maximum tokens of an answer if a request sets none.")
+    options.add_argument("--max-tokens", type=int, required=True, help="Default maximum number of tokens of an answer.")
     options.add_argument("--threads", type=int, required=True)
     given = options.parse_args()
     server.run(lambda: build(given), given)

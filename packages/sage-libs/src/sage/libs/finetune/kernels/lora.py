@@ -67,9 +67,10 @@ class Projections:
         Returns the relative error of the int8 product for the recorded inputs. If no inputs were recorded or the error is
         too large, the dense weights stay in use, and None is returned.
         """
-        if not self._recorded:
+        recorded, self._recorded = self._recorded, None
+        if not recorded:
             return None
-        inputs, self._recorded = torch.cat(self._recorded), None
+        inputs = torch.cat(recorded)
         matrix = Int8Matrix(self.weight, inputs.abs().amax(0))
         expected = inputs @ self.weight.to(self.compute_dtype).t()
         error = float((matrix.forward(inputs) - expected).norm() / expected.norm())

@@ -32,7 +32,7 @@ def library(source: Path) -> tuple[ctypes.CDLL | None, str]:
         return ctypes.CDLL(str(target)), ""
     except (OSError, subprocess.SubprocessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        return None, f"{source.name} cannot be compiled: {lines[0] if lines else type(error).__name__}"
+        return None, f"{source.name} cannot be compiled or loaded: {lines[0] if lines else type(error).__name__}"
 
 
 def _compiler() -> list[str] | None:

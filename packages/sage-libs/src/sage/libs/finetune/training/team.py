@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from torch import distributed
 
+from sage.common.counting import counted
 from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.retrying import OUT_OF_MEMORY_EXIT, restart_with_less_memory
@@ -40,7 +41,7 @@ class Team:
         if torch.cuda.is_available() and size > torch.cuda.device_count():
             raise ConfigError(
                 code="too_few_gpus",
-                message=f"num_processes={size}, but this machine has {torch.cuda.device_count()} GPUs.",
+                message=f"num_processes={size}, but this machine has {counted(torch.cuda.device_count(), 'GPU')}.",
                 hint="Use at most one process per GPU.",
                 param="num_processes",
             )

@@ -83,7 +83,7 @@ class Executor(Protocol):
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the record of a new server for an engine.
 
-        is_moved: use a new id, because other engines use the engine's last server.
+        is_moved: whether other engines use the engine's last server, so that the new server needs another id.
         """
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
