@@ -23,9 +23,6 @@ _SHUTDOWN_SECONDS = 0.5
 #: Number of descriptors of the listening socket. libuv accepts one connection per descriptor in each event loop iteration,
 #: so more descriptors shorten the wait if many clients connect at the same time.
 _LISTENING_DESCRIPTORS = 16
-#: Maximum seconds that the event loop waits while another thread executes Python code. Python's default is ten times longer,
-#: which delays the requests that arrive while the control plane checks the engines.
-_THREAD_SWITCH_SECONDS = 0.0005
 
 
 def main() -> int:
@@ -44,7 +41,6 @@ def main() -> int:
         logger.exception("The gateway cannot start")
         return _fail(f"The gateway cannot start ({type(error).__name__}: {error}).", 1)
     BoundedHttp.limit = connection_limit()
-    sys.setswitchinterval(_THREAD_SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # exclude the existing objects (modules, routes) from garbage collection, because they are never freed
     server = uvicorn.Server(
