@@ -8,6 +8,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-core[embedding,postgresql] sage-llm-gateway[tracing] sage-cli sage-studio
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
+# Each module is compiled when it is imported for the first time. Most of the installed modules never are.
+export PIP_NO_COMPILE ?= 1
 
 .PHONY: setup demo test test-long lint unit integration e2e fuzz chaos coverage bench bench-train bench-estimates bench-serving clean
 

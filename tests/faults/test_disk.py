@@ -71,11 +71,11 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tm
 @pytest.mark.long
 @pytest.mark.timeout(600)  # nine processes import torch
 def test_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
-    options = {"save_steps": 4, "max_steps": 300, "pack_tokens": 256, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}
+    options = {"save_steps": 4, "max_steps": 200, "pack_tokens": 256, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     chance = random.Random(4)
     run = TinyRun(tiny_model, tmp_path / "out", **options).start()
-    for turn, step in enumerate(sorted(chance.sample(range(1, 260), 8))):
+    for turn, step in enumerate(sorted(chance.sample(range(1, 160), 5))):
         process = run.at_step(step).manager.process(run.task_id)
         assert process is not None, f"the run ended before interruption {turn}"
         process.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
@@ -84,7 +84,7 @@ def test_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path
             events.write(b'{"event": "st')  # what a kill in the middle of a write leaves
         run.manager.resume(run.task_id)
     run.completed()
-    assert len(run.events("started")) >= 6  # an interruption may come before the first step
+    assert len(run.events("started")) >= 4  # an interruption may come before the first step
     assert run.losses() == whole.losses()
     assert run.adapter_bytes() == whole.adapter_bytes()
 

@@ -237,7 +237,7 @@ def fill(path: Path) -> None:
 def test_a_home_on_a_full_disk_is_told_and_nothing_is_lost_when_there_is_space_again(
     tiny_model: Path, tmp_path: Path, small_disk: Path
 ) -> None:
-    options = {"max_steps": 1500, "save_steps": 50, "batch_size": 4, "learning_rate": 1e-2}
+    options = {"max_steps": 600, "save_steps": 50, "batch_size": 4, "learning_rate": 1e-2}
     sage("gateway", "start")
     serving = client().start_engine(model=str(tiny_model))
     run = train(tiny_model, tmp_path / "out", **options)
