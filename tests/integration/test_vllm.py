@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,10 @@ def test_base_and_adapters_answer_as_with_transformers_and_peft(base: Path, tmp_
             assert answer["usage"]["prompt_tokens"] == len(chat_format.prompt_ids(messages))
             expected = greedy_answer(model, chat_format, messages, _ANSWER_TOKENS)
             equal += answer["choices"][0]["message"]["content"] == expected
+    metrics = httpx.get(f"{client.base_url}/metrics", timeout=60).text
+    counts = dict(re.findall(r'^sage_engine_completion_tokens_total\{.*name="([^"]*)".*\} (.+)$', metrics, re.MULTILINE))
+    assert {adapter.name for adapter in (*adapters, dora)} <= set(counts)
+    assert all(0 < float(counts[adapter.name]) <= len(questions()) * _ANSWER_TOKENS + 1 for adapter in (*adapters, dora))
     share = equal / 3 / len(questions())
     print(f"{share:.0%} of the answers are equal")
     assert share >= _EQUAL_SHARE

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,7 +22,7 @@ from sage.llm.control_plane.backends import environments, registry
 from sage.llm.control_plane.backends.environments import Environment
 from sage.llm.control_plane.backends.vllm import VllmBackend, VllmOptions
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
-from sage.llm.workers.vllm_server import Rules
+from sage.llm.workers.vllm_server import Rules, TokenCounts
 
 CHAT = "/v1/chat/completions"
 
@@ -67,13 +70,19 @@ class Config:
     def __init__(self, folder: Path) -> None:
         self.model_config, self.scheduler_config = self, self
         self.model, self.max_model_len, self.max_num_seqs = str(folder), 512, 4
+        self.served_model_name = "base"
 
 
-class SleepingEngine:
-    """The methods of vLLM's client for sleeping."""
+class FakeEngine:
+    """The methods of vLLM's engine client for sleeping, and a `generate` that yields `outputs`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *outputs: Any) -> None:
         self.level = 0
+        self.outputs = outputs
+
+    async def generate(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        for output in self.outputs:
+            yield output
 
     async def sleep(self, level: int, mode: str) -> None:
         assert mode in ("abort", "wait", "keep")
@@ -87,7 +96,7 @@ class SleepingEngine:
         return self.level > 0
 
 
-ENGINE = SleepingEngine()
+ENGINE = FakeEngine()
 
 
 def requested(folder: Path, method: str, path: str, *, json: Any = None, **headers: str) -> httpx.Response:
@@ -146,6 +155,29 @@ def test_the_health_has_the_token_and_the_limits(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("SAGE_ENGINE_ID", "engine-a")
     found = requested(tmp_path, "GET", "/health").json()
     assert (found["engine"], found["context_tokens"], found["slots"]) == ("engine-a", 512, 4)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("DELTA", [3, 5]), ("CUMULATIVE", [3, 3])])
+def test_tokens_are_counted_by_model_and_also_those_of_an_interrupted_answer(
+    kind: str, expected: list[int], tmp_path: Path
+) -> None:
+    def output(*tokens: int) -> Any:
+        answers = [SimpleNamespace(index=index, token_ids=[0] * count) for index, count in enumerate(tokens)]
+        return SimpleNamespace(prompt_token_ids=[1, 2, 3], outputs=answers)
+
+    engine = FakeEngine(output(1, 1), output(2, 1), output(5, 5))
+    state = SimpleNamespace(vllm_config=Config(tmp_path), engine_client=engine)
+    counts, sampling = TokenCounts(state), SimpleNamespace(output_kind=SimpleNamespace(name=kind))
+
+    async def two_outputs(adapter: str | None) -> None:
+        lora = adapter and SimpleNamespace(lora_name=adapter)
+        async with aclosing(engine.generate("Hello", sampling, "id", lora_request=lora)) as outputs:
+            assert await anext(outputs) is engine.outputs[0]
+            assert await anext(outputs) is engine.outputs[1]
+
+    for adapter in (None, "tuned", "tuned"):
+        asyncio.run(two_outputs(adapter))
+    assert counts.by_model == {"base": expected, "tuned": [2 * number for number in expected]}
 
 
 def test_an_adapter_with_another_prompt_or_too_large_a_rank_is_refused(tmp_path: Path) -> None:

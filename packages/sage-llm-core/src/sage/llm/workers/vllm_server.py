@@ -6,7 +6,7 @@ This script runs in vLLM's environment, where SAGE is not installed. The server 
 - Unknown parameters are rejected with status 400 (vLLM's own server ignores them).
 - Error codes are words, as in OpenAI's API.
 - An adapter is rejected if its tokenizer or chat template differs from the base model's.
-- `/health` returns the token that identifies the server, and the limits of the server.
+- `/health` returns the token that identifies the server, the limits of the server, and the numbers of tokens of each model.
 - `/sleep`, `/wake_up` and `/is_sleeping` work as in vLLM's development mode, and need the server's key. Other routes of the
   development mode are not available: through them, clients could call any method of vLLM.
 """
@@ -16,7 +16,9 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, MutableMapping
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
@@ -62,15 +64,19 @@ class Rules:
 
     def __init__(self, app: App) -> None:
         self._app = app
+        self._counts: TokenCounts | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Forward a request to vLLM, answer the request without vLLM, or reject the request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif not _is_from_this_machine(dict(scope["headers"])):
+            return
+        if self._counts is None:
+            self._counts = TokenCounts(scope["app"].state)
+        if not _is_from_this_machine(dict(scope["headers"])):
             await _send_error(send, 403, "Requests from other sites or hosts are rejected.", "origin_not_allowed")
         elif scope["path"] == "/health":
-            await self._app(scope, receive, _Health(send, scope["app"].state))
+            await self._app(scope, receive, _Health(send, scope["app"].state, self._counts))
         elif scope["path"] in _SLEEP_METHODS:
             await _sleep(scope, send)
         elif scope["path"] == _LOAD:
@@ -124,6 +130,35 @@ async def _sleep(scope: Message, send: Send) -> None:
         await _send_json(send, 200, {"is_sleeping": await engine.is_sleeping()})
 
 
+class TokenCounts:
+    """The numbers of tokens of each model, counted in `generate` of vLLM's engine client, which all routes call."""
+
+    def __init__(self, state: Any) -> None:
+        """Replace `generate` of the engine client.  state: the state of vLLM's application."""
+        self.by_model: dict[str, list[int]] = {}  #: prompt tokens and tokens of answers, by the model's name in requests
+        self._base_name = state.vllm_config.model_config.served_model_name
+        self._generate, state.engine_client.generate = state.engine_client.generate, self._counted
+
+    async def _counted(
+        self, prompt: Any, sampling: Any, *arguments: Any, lora_request: Any = None, **options: Any
+    ) -> AsyncIterator[Any]:
+        prompt_tokens, answers = 0, Counter[int]()
+        is_delta = sampling.output_kind.name == "DELTA"  # otherwise, each output contains all tokens until then
+        generated = self._generate(prompt, sampling, *arguments, lora_request=lora_request, **options)
+        try:
+            async with aclosing(generated):
+                async for output in generated:
+                    prompt_tokens = len(output.prompt_token_ids or ()) or prompt_tokens
+                    for answer in output.outputs:
+                        earlier = answers[answer.index] if is_delta else 0
+                        answers[answer.index] = earlier + len(answer.token_ids)
+                    yield output
+        finally:
+            counts = self.by_model.setdefault(lora_request.lora_name if lora_request else self._base_name, [0, 0])
+            counts[0] += prompt_tokens
+            counts[1] += answers.total()
+
+
 class _Replay:
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
@@ -137,8 +172,8 @@ class _Replay:
 
 
 class _Health:
-    def __init__(self, send: Send, state: Any) -> None:
-        self._send, self._state = send, state
+    def __init__(self, send: Send, state: Any, counts: TokenCounts) -> None:
+        self._send, self._state, self._counts = send, state, counts
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] == 200:
@@ -149,6 +184,7 @@ class _Health:
                 "pid": os.getpid(),
                 "context_tokens": config.model_config.max_model_len,
                 "slots": config.scheduler_config.max_num_seqs,
+                "tokens": self._counts.by_model,
             }
             await _send_json(self._send, 200, facts)
         elif message["type"] == "http.response.start":
