@@ -13,7 +13,7 @@ import psutil
 
 _ROOT = Path("/sys/fs/cgroup")
 _CPUS = Path("/sys/devices/system/cpu")
-#: The groups of this process, one per line: `NUMBER:CONTROLLERS:PATH`. In version 2, the controllers are empty.
+#: The groups of this process, one per line: `NUMBER:CONTROLLERS:PATH`. In version 2, CONTROLLERS is empty.
 _OWN = Path("/proc/self/cgroup")
 
 

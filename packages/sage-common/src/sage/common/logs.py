@@ -60,8 +60,8 @@ class LogFile:
     def cut(self, limit_bytes: int) -> bool:
         """Cut the file if it is longer than `limit_bytes`; return whether the file was cut.
 
-        The process that writes the log must have opened the file for appending. Its next write then goes to the beginning of
-        the emptied file.
+        The process that writes the log must have opened the file for appending. The next write of this process then goes to
+        the beginning of the emptied file.
         """
         skipped = _size(self.path) - limit_bytes
         if skipped <= 0:

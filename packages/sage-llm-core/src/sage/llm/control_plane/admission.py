@@ -1,4 +1,4 @@
-"""Decide which waiting engines get memory on which devices, and which engines are paused for them.
+"""Decide which waiting engines get memory on which devices, and which engines are paused to make room.
 
 Some waiting engines fit only after training runs have ended. Memory is reserved for the first of these engines, so that
 smaller engines cannot delay this engine forever.
@@ -24,7 +24,7 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class Holder:
-    """A server that has memory, or an engine that gets memory in the same plan."""
+    """A server that has memory, or a waiting engine to which this call of `admit` gives memory."""
 
     engine_id: str  #: id of the server or of the engine
     memory_bytes: int  #: reserved memory on each of `devices`
@@ -54,7 +54,7 @@ class Claim:
     on_busy: OnBusy = OnBusy.WAIT
     wakes: str | None = None  #: id of the sleeping server that the engine wakes
     is_due: bool = True  #: False: the engine's start time or next restart is in the future
-    #: True: other engines were paused for this engine, or this engine restarts. `admit` decides this engine first.
+    #: True: other engines were paused for this engine, or this engine restarts. `admit` handles such engines first.
     has_room: bool = False
 
     @property
@@ -148,7 +148,7 @@ class _Device:
 
 
 def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: Sequence[Claim]) -> dict[str, Decision]:
-    """Return a decision for each waiting engine, by engine id.  waiting: in the order of the queue."""
+    """Return a decision for each waiting engine. Keys: engine ids.  waiting: the engines in the order of the queue."""
     state = _State(devices, holders)
     queue = sorted(enumerate(waiting, start=1), key=lambda entry: not entry[1].has_room)
     return {claim.engine_id: state.decide(position, claim) for position, claim in queue}
@@ -260,7 +260,7 @@ def _may_pause(claim: Claim, holder: Holder) -> bool:
 
 
 def _to_pause(claim: Claim, device: _Device) -> list[Holder] | None:
-    """Return the engines to pause so that the claim fits on a device, or None if pausing is not enough."""
+    """Return the servers to pause or end so that the claim fits on a device, or None if too little memory becomes free."""
     missing_bytes = claim.memory_bytes - device.room_soon_bytes
     paused: list[Holder] = []
     candidates = (holder for holder in device.holders if _may_pause(claim, holder) and not holder.is_leaving)

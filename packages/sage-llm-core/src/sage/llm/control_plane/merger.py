@@ -55,7 +55,7 @@ class Merger:
                 await self._end(engine, await self._problem(engine.merger_id or ""))
 
     async def remove(self, merger: EngineRecord) -> None:
-        """Remove a merger that has stopped, and the files of its server if no other engine needs them."""
+        """Remove a merger that has stopped, and the files of its server if no other engine needs these files."""
         await self._write(self._store.remove, merger)
         self._routing.forget(merger.id)
         if not await self._pool.run(self._store.is_server_needed, server_id_of(merger), merger.id):

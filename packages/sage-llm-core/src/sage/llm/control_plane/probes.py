@@ -35,11 +35,11 @@ _CHANGING = (EngineState.STARTING, EngineState.STOPPING)
 class _Target:
     engine: EngineRecord
     server: ServerRecord
-    is_first: bool = True  #: the first engine of its server; only this engine reports the memory of the process
+    is_first: bool = True  #: True: only this engine reports the memory of the server's process
     observed: Observed | None = None
     observed_at_seconds: float = 0.0
     due_seconds: float = 0.0
-    is_answering: bool = False  #: the engine answered its last probe
+    is_answering: bool = False  #: True: the last probe found the engine ready
     trouble: str = ""
     task: asyncio.Task[None] | None = None
 
@@ -61,7 +61,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called if a new observation of an engine differs from the last observation in a value of `_outline`."""
+        """on_change: called after an engine's first observation, and after each observation that changes its `_outline`."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}

@@ -1,5 +1,6 @@
-"""The part of the plan for sleeping servers. A sleeping server keeps its process and releases its memory on the GPU.
+"""Plan which servers sleep, and which sleeping servers end.
 
+A sleeping server keeps its process and releases its memory on the GPU.
 If the last engine of a server makes room for another engine, the server sleeps instead of exiting. The store
 keeps the row of a sleeping server while an engine needs this server. The next engine that starts on the server wakes it.
 """

@@ -16,7 +16,7 @@ from sage.llm.workers.packed import ATTENTION, PackedRunner, Part
 from sage.llm.workers.sequential import SequentialRunner
 
 logger = logging.getLogger(__name__)
-#: Largest difference that rounding can cause between logits, relative to the largest logit, by data type.
+#: For each data type: the largest difference that rounding can cause between logits, relative to the largest logit.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 #: Types of rotary embeddings whose values depend on the longest answer in a pass.
 _SHARED_ROPE = frozenset({"dynamic", "longrope"})
@@ -31,7 +31,7 @@ class Runner(Protocol):
         """Return an empty cache for one answer."""
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Compute the tokens of the parts, and return the logits of each part, (tokens or 1, vocab_size).
+        """Compute the tokens of the parts, and return the logits of each part, of shape (tokens or 1, vocab_size).
 
         check: called in every layer; may raise an exception to end the pass.
         """

@@ -49,7 +49,7 @@ def connection_limit() -> int:
 class BoundedHttp(HttpToolsProtocol):
     """The HTTP/1.1 protocol of one client connection.
 
-    If the client exceeds a limit, it gets an error in OpenAI's format and is disconnected.
+    If the client exceeds a limit, the connection is closed, in most cases after an error in OpenAI's format.
     """
 
     limit: ClassVar[int] = 1000  #: maximum number of connections
@@ -63,7 +63,7 @@ class BoundedHttp(HttpToolsProtocol):
     #: Time of the event loop's clock at which the connection is closed, unless a complete head arrives before that time.
     #: Infinite during a request.
     _deadline_seconds = math.inf
-    #: One timer for all requests of the connection, because a new timer for each request would cost 3 µs.
+    #: The connection has one timer for all its requests: a new timer for each request would cost 3 µs.
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Tokenized datasets on disk. Samples are read one by one, so that the needed memory does not depend on the dataset's size.
+"""Tokenized datasets on disk. Samples are read one by one, so the tokens of all samples are never in memory together.
 
 tokens.bin   concatenated token ids of all sequences, as 32-bit integers; a token t that the loss ignores is stored as -1 - t
 bounds.bin   index of the first token of each sequence, followed by the total number of tokens, as 64-bit integers

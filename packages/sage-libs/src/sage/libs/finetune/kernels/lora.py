@@ -1,4 +1,4 @@
-"""Replace linear layers that share an input by one larger layer, and their LoRA adapters by one larger adapter.
+"""Combine linear layers that have the same input into one larger layer. Their LoRA adapters become one larger adapter.
 
 The adapter parameters are read from PEFT's modules at every call, and receive gradients. The frozen weights receive no
 gradients.

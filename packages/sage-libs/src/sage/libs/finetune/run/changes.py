@@ -2,7 +2,7 @@
 
 A request is stored in the file `options.json` of the run directory. Between two steps, the worker reads the file if the file
 was replaced. If the file contains a new request, the worker appends the event `changed`, and then uses the new values. A
-resumed run uses the changes in its events again.
+resumed run applies the changes that are recorded in its events.
 """
 
 from collections.abc import Sequence
@@ -113,7 +113,7 @@ def check_change(task_id: str, config: FinetuneConfig, status: RunStatus, option
         )
     if options.max_steps is not None and config.streaming:
         raise _refused(
-            "The number of steps of a run with streaming cannot be changed, because it determines the order of the samples.",
+            "max_steps of a run with streaming cannot be changed: the order of the samples depends on max_steps.",
             "Start a new run with another max_steps.", "max_steps",
         )  # fmt: skip
     if options.max_steps is not None and options.max_steps <= status.step:

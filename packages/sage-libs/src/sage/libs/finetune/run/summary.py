@@ -28,7 +28,7 @@ _SUMMARY = TypeAdapter(Summary)
 
 
 def read_status(run: RunDirectory) -> RunStatus:
-    """Return the status of a run from its events only; `derive` also uses the lock of the run."""
+    """Return the status of a run from its events only, without a check whether the worker is alive."""
     return catch_up(run, read_summary(run)).status
 
 

@@ -102,7 +102,7 @@ class TrainingRun:
         return needed_bytes, plan.is_scarce(self.data.largest_batch)
 
     def _reduce(self, reduction: Reduction) -> None:
-        """Apply a memory reduction from the first step on. An earlier, larger reduction of the run remains in effect."""
+        """Apply a memory reduction before the first step. A larger reduction that the run already has stays."""
         status = read_status(self.run)
         halvings = max(reduction.halvings, status.halvings)
         checkpointing = reduction.checkpointing or status.activation_checkpointing
@@ -169,7 +169,7 @@ class TrainingRun:
 
     def _train(self, checkpoint: str | None) -> int:
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves too much address space for this limit
+        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves more address space than this limit allows
             refuse_beyond_limit()
         trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)

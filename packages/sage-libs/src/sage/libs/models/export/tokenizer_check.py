@@ -1,4 +1,4 @@
-"""The step of an export that tokenizes prompts with llama.cpp. SAGE compares the tokens with the tokens of transformers.
+"""Tokenize prompts with llama.cpp, as one step of an export. SAGE compares the tokens with the tokens of transformers.
 
 The step runs in the interpreter of llama.cpp's environment, and imports no module of SAGE.
 """

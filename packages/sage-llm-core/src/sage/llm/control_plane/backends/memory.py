@@ -24,7 +24,7 @@ class Breakdown(Protocol):
         """The peak memory."""
 
     def parts(self) -> Mapping[str, int]:
-        """Return the bytes of each part by name."""
+        """Return the size of each part. Keys: names of parts. Values: bytes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ServingEstimate:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Return the bytes of each part by name."""
+        """Return the size of each part. Keys: names of parts. Values: bytes."""
         return {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)}
 
 

@@ -42,7 +42,10 @@ class ServerState(StrEnum):
 
 @dataclass(frozen=True)
 class ServerRecord:
-    """A process, planned or launched, that hosts one or more engines. The row is removed when the last engine leaves."""
+    """A process, planned or launched, that hosts engines.
+
+    When the last engine leaves the server, the server's row is removed, unless the server sleeps.
+    """
 
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str

@@ -93,7 +93,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
 
         Raises StaleWrite if the engine was changed after it was read. Also raises StaleWrite if the server to replace hosts
         other engines, or if the server to join is closing or no longer exists.
-        Raises IllegalTransition if the transition is not legal, Conflict if another active engine has the engine's
+        Raises IllegalTransition if the transition is not legal. Raises Conflict if another active engine has the engine's
         port.
         """
         with _one_engine_a_port(record), self._fenced(lease, record.node) as connection:
