@@ -59,7 +59,7 @@ def find_client() -> SageClient:
 
 
 def connect() -> SageClient:
-    """Return a client for the running gateway. If no gateway answers and its address is local, start a gateway.
+    """Return a client for the running gateway. If no gateway answers and the client's address is local, start a gateway.
 
     Raises GatewayUnreachable if the address is on another machine and no gateway answers there.
     """

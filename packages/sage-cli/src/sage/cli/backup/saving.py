@@ -122,7 +122,7 @@ def _add(writer: ArchiveWriter, source: Source) -> None:
         _add_checkpoint(writer, source)
         return
     for path in source.files:
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # the file was removed in the meantime
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # skip a file that was removed meanwhile
             writer.add(f"{source.name}/{path.relative_to(source.folder)}", file)
 
 

@@ -48,7 +48,7 @@ class ChatFormat:
         around = list(tokenizer(_PROBE)["input_ids"])
         #: Token ids that the tokenizer adds before a text: [BOS] or [].
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether the tokens of a text are the concatenated tokens of the text's parts, unless a token spans two parts.
+        #: Whether the tokens of a text are the concatenated tokens of its parts, if no token of the text spans two parts.
         #: False if the tokenizer adds a space before every text.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 

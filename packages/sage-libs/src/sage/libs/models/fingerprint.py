@@ -17,7 +17,7 @@ _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
 def version(folder: Path) -> str:
     """Return the fingerprint of the model in a folder. For a GGUF file, return a hash that changes if the file is replaced.
 
-    Raises ModelError if a model with a config.json is incomplete.
+    Raises ModelError if an existing config.json cannot be read, or a safetensors file is incomplete or damaged.
     """
     if (folder / "config.json").is_file():
         return fingerprint(folder)
@@ -28,7 +28,7 @@ def fingerprint(folder: Path) -> str:
     """Return the fingerprint of a base model: 64 hex digits.
 
     The fingerprint depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Raises
-    ModelError if the folder does not contain a complete model.
+    ModelError if config.json cannot be read, or a safetensors file is incomplete or damaged.
     """
     digest = hashlib.sha256()
     try:

@@ -19,7 +19,7 @@ async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool
     log = LogFile(path)
     offset = min(offset, (await asyncio.to_thread(log.range))[1])
     while True:
-        # Check this before reading. Otherwise, bytes would be missed if the engine ends between the read and the check.
+        # Call `has_ended` before `log.read`: in the reverse order, bytes written between the two calls would be missed.
         ended = await has_ended()
         offset = max(offset, (await asyncio.to_thread(log.range))[0])
         chunk = await asyncio.to_thread(log.read, offset, _CHUNK_BYTES)

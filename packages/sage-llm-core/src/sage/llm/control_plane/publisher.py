@@ -1,4 +1,4 @@
-"""Publish training runs: start engines that serve a run's checkpoints or result, and load newer versions into them."""
+"""Start engines that serve the checkpoints or the result of a training run, and load newer versions into these engines."""
 
 import asyncio
 import functools

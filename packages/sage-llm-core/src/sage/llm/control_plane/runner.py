@@ -1,4 +1,4 @@
-"""The runner executes the actions of the plan, at most one action per engine at a time."""
+"""Execute the actions of the plan: for each engine, at most one validation and one other action at a time."""
 
 import asyncio
 import contextlib
@@ -236,7 +236,7 @@ class Runner:
             revision = engine.revision + 1
             server = executor.plan_server(dataclasses.replace(engine, revision=revision), is_moved=action.is_moved)
             server = dataclasses.replace(server, devices=action.devices, reserved_bytes=action.reserved_bytes)
-            if server.served_name:  # end an earlier process, because it expects another model name
+            if server.served_name:  # end an earlier process: that process expects an older model name in requests
                 await self._end_process(server)
             planned = {"put_server": server, "server_id": server.id, "revision": revision, "served_as": None,
                        "threads": action.threads, **_PLACED}  # fmt: skip

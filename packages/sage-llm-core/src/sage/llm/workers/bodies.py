@@ -59,7 +59,7 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads request bodies with JsonRequest, and accepts application/json only.
 
-    Other content types are rejected: web pages of other sites can send such requests to loopback without a CORS preflight.
+    Other content types are rejected: a web page of another site can send text/plain to loopback without a CORS preflight.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]

@@ -49,7 +49,11 @@ def main() -> None:
     parser.add_argument(
         "--fd", type=int, required=True, help="File descriptor of a socket that reserves the port until the server listens."
     )
-    parser.add_argument("--precision", choices=PRECISIONS, help="Default: precision of the GGUF file; f32 for other models.")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="Default: precision of the GGUF file, or f32 if the model has another format.",
+    )
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context-tokens", type=int)
     parser.add_argument("--cache-tokens", type=int)

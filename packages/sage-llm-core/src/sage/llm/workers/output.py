@@ -26,7 +26,7 @@ class Output:
 
     schema: dict[str, Any] | None = None  #: JSON schema of the text; None: any text
     functions: list[dict[str, Any]] = field(default_factory=list)  #: functions that can be called, as in OpenAI's `tools`
-    must_call: bool = False  #: the answer must consist of calls
+    must_call: bool = False  #: whether the answer must consist of calls
     may_call_several: bool = True
 
     def parameters(self) -> dict[str, dict[str, Any]]:

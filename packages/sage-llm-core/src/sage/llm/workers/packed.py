@@ -49,7 +49,7 @@ class KeyValueCache:
         room = max(self.length + tokens, min(self._limit, max(_FIRST_ROOM_TOKENS, 2 * self._room)))
         self.keys = self._grown(self.keys, key, room)
         self.values = self._grown(self.values, value, room)
-        self._room = room  # only after both allocations, because an allocation can fail
+        self._room = room  # set only after both allocations, because an allocation can fail
 
     def _grown(self, old: Tensor, like: Tensor, room: int) -> Tensor:
         new = like.new_empty(self._layers, like.shape[0], room, like.shape[2])

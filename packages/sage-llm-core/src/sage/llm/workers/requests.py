@@ -46,7 +46,10 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
     def schema_of_answer(self) -> dict[str, Any] | None:
-        """Return the JSON schema of the answer, or None for any text. Raises ConfigError if fields contradict each other."""
+        """Return the JSON schema of the answer, or None if any text is allowed.
+
+        Raises ConfigError if fields contradict each other.
+        """
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise _refusal("response_format", "'json_schema' is required if 'type' is 'json_schema', else not allowed.")
         if self.json_schema:

@@ -25,7 +25,7 @@ class Mixture(Sequence[Encoded]):
         return self._parts[part][at - (self._ends[part - 1] if part else 0)]
 
     def lengths(self) -> list[int]:
-        """Return the number of tokens of each sequence."""
+        """Return the number of tokens of each sample."""
         return [length for part in self._parts for length in part.lengths()]
 
 

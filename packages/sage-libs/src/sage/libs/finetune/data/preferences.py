@@ -1,4 +1,4 @@
-"""Parse records of the preference methods (pairs of answers, labelled answers, prompts) into the formats of TRL."""
+"""Parse the records of DPO, ORPO, KTO and GRPO (pairs of answers, labelled answers, prompts) into the formats of TRL."""
 
 import json
 from collections.abc import Callable

@@ -28,8 +28,8 @@ _TOKENS_STEP = 64
 class PackedCollator:
     """Concatenates samples into one sequence for the kernels, with at most 63 tokens of padding at the end.
 
-    The padding limits the number of different lengths, because oneDNN compiles a matrix product for each new length. The
-    compilation takes 3 ms and 1 MB.
+    The padding limits the number of different lengths. For each new length, oneDNN compiles a matrix product; each
+    compilation takes 3 ms and 1 MB of memory.
     """
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:

@@ -192,7 +192,7 @@ class RunCallback(TrainerCallback):
         control.should_save |= saves or control.should_training_stop
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        """Move the checkpoint that the Trainer has written to the staging folder into the run directory."""
+        """Move the new checkpoint from the Trainer's staging folder into the run directory."""
         assert args.output_dir
         self.team.barrier()  # wait until every process has written its part of the checkpoint
         if self.team.is_main_process:

@@ -20,7 +20,7 @@ _PROBE_WIDTH = 768
 class Precision:
     """The number formats of a run, and the reasons for them."""
 
-    bf16: bool  #: dtype of base and saved activations: bf16 if True, else fp32; adapters are in fp32
+    bf16: bool  #: dtype of the base model and of saved activations: bf16 if True, else fp32; adapters are in fp32
     bf16_products: bool  #: dtype of matrix products: bf16 if True; else operands are cast to fp32
     base_bits: int | None  #: 8 or 4 if bitsandbytes quantizes the base, else None
     int8_products: bool  #: whether SAGE's kernels quantize the frozen layers and use int8 products in training

@@ -1,6 +1,7 @@
 """Write a Modelfile for Ollama.
 
-The Go template in this file is derived from the model's chat template. Both templates must produce the same prompts.
+The Modelfile contains a Go template. This module derives the Go template from the model's chat template. Both templates
+must produce the same prompts.
 """
 
 import json

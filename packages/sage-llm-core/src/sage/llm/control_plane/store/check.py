@@ -25,7 +25,7 @@ class Report:
     name: str  #: the URL without user and password, or the path of the SQLite file
     fault: str = ""  #: why the database cannot be used; "": no fault
     exists: bool = True
-    revision: str | None = None  #: None: the database is empty
+    revision: str | None = None  #: None: the database is empty, does not exist, or cannot be used
     newest_revision: str = REVISIONS[-1]
     #: Seconds by which the clock of the database server is ahead of the clock of this machine; 0 for SQLite.
     server_ahead_seconds: float = 0.0
