@@ -97,7 +97,7 @@ class SageClient:
         return self._send(calls.get(engine_id))
 
     def stop_engine(self, engine_id: str, *, force: bool = False) -> EngineView:
-        """Request that an engine stops, and return without waiting for this. `force` kills the process."""
+        """Request that an engine stops. This method does not wait until the engine stops. `force` kills the process."""
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
