@@ -16,7 +16,7 @@ _LOOK_SECONDS = 5.0
 
 
 def is_misplaced(engine: EngineRecord, server: ServerRecord | None) -> bool:
-    """Return whether an engine needs a separate server, because the shared server has refused its adapter."""
+    """Return whether an engine needs a separate server, because the shared server has refused the engine's adapter."""
     return server is not None and server.shared and engine.base is None
 
 

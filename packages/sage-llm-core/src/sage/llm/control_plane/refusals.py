@@ -74,7 +74,7 @@ def other_node(engine: EngineRecord) -> Conflict:
     return Conflict(
         code="other_node",
         message=f"{engine.id} belongs to node {engine.node}, and this gateway manages another node.",
-        hint="Send the request to the gateway of that node.",
+        hint=f"Send the request to the gateway of {engine.node}.",
     )
 
 

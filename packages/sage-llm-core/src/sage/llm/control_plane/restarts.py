@@ -51,7 +51,7 @@ def not_restarted(reason: Reason | None) -> Reason | None:
 
 
 def next_try(engine: EngineRecord) -> int | None:
-    """Return an engine's new restart count after a failure that its server caused, or None if no restart is left.
+    """Return an engine's new restart count after a failure that its server caused, or None if the engine is not restarted.
 
     The restart policy is ignored, because the engine did not cause the failure.
     """

@@ -181,7 +181,7 @@ class EngineConnections:
         return await self._exchange(await self._connect(address), head, body)
 
     def release(self, connection: EngineConnection) -> None:
-        """End a request. If the answer was read completely, keep the connection for the next request; otherwise close it."""
+        """End a request. If the connection can be reused, keep the connection for the next request; otherwise close it."""
         if not connection.end():
             return
         connection.idle_since_seconds = connection.loop.time()

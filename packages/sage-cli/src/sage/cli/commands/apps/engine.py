@@ -39,7 +39,7 @@ Options = Annotated[
 
 
 class Busy(StrEnum):
-    """What to do if not enough memory is free. The values are repeated so that `--help` does not import the client."""
+    """What to do if not enough memory is free. The values are repeated here so that `--help` does not import the client."""
 
     wait = "wait"
     preempt = "preempt"
@@ -179,7 +179,10 @@ def _note(text: str) -> tuple[str, str]:
 
 
 def further_options(given: list[str] | None) -> dict[str, str | int]:
-    """Return KEY=VALUE options as a dictionary. Decimal numbers become integers. Raises ConfigError for invalid options."""
+    """Return KEY=VALUE options as a dictionary. Raises ConfigError for invalid options.
+
+    Values that contain only digits become integers.
+    """
     return {key: int(value) if value.isdecimal() else value for key, value in map(_option, given or ())}
 
 

@@ -126,7 +126,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
 
 
 def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]:
-    """Return the files of one dataset. If there are several datasets, return the files of the dataset named like the split.
+    """Return the files of one dataset. If there are several datasets, select the dataset whose name equals `split`.
 
     Shards with different names, such as `train` and `train_sft`, belong to different datasets.
     """

@@ -9,7 +9,7 @@ from sage.common.disks import nearest_existing
 from sage.common.errors import Conflict, RunError
 from sage.libs.finetune.config import FinetuneConfig
 
-#: A checkpoint contains the trained parameters and AdamW's two moments, which have the same size.
+#: A checkpoint contains the trained parameters and AdamW's two moments. Each moment has the size of the trained parameters.
 _COPIES = 3
 
 

@@ -80,7 +80,7 @@ def load_weights(model: Trainable, checkpoint: Path) -> None:
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         return
     for file in checkpoint.glob("model*.safetensors"):
-        model.load_state_dict(load_file(file), strict=False)  # not strict, because a file can contain only some weights
+        model.load_state_dict(load_file(file), strict=False)  # not strict, because one file need not contain all weights
 
 
 def save_model(model: Trainable, folder: Path, source: Path) -> None:

@@ -15,7 +15,7 @@ class Reporter:
     """Appends progress and warnings to the events of a run, and writes them to the log."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest, checked_model: str | None) -> None:
-        """checked_model: the error for a dataset with warnings names this model. None: warnings raise no error."""
+        """checked_model: name of the model in the error for a dataset with warnings. None: warnings raise no error."""
         self._run, self._stop, self._checked_model = run, stop, checked_model
         self._reported: set[tuple[Path, Code]] = set()
 

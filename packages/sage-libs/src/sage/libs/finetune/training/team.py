@@ -1,4 +1,4 @@
-"""Data-parallel training with several processes, each on its own device.
+"""Data-parallel training with several processes. On a machine with GPUs, each process uses its own GPU.
 
 The main process is the run's worker. Only the main process holds the lock, handles signals, evaluates, and writes events
 and results. The main process starts the other processes, which only compute training steps.
@@ -112,7 +112,7 @@ class Team:
 
     def _check_others(self) -> None:
         """Exit if another process has failed, because the next training step would wait for that process forever."""
-        with self._checking:  # two threads call this, and only one of them must report a failure
+        with self._checking:  # two threads call this method, and a failure must be reported only once
             for process in self._others:
                 if (code := process.poll()) and self._others:  # `close` empties the list before killing the processes
                     self._others_failed(code)

@@ -100,7 +100,7 @@ class LlamaCppBackend(WorkerBackend):
         return "llama.cpp loads adapters only when it starts"
 
     def estimate(self, model: ModelSource, options: LlamaCppOptions) -> MemoryEstimate | None:
-        """Return the memory of the server."""
+        """Return the estimated memory of the server, or None if the sizes of the model are not known."""
         sizes = sizes_of(model.base or model)
         if sizes is None:
             return None

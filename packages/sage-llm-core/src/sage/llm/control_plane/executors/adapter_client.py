@@ -61,7 +61,7 @@ class AdapterClient:
         """Let a model generate one token. Raises EngineError if this fails, and OSError if the result is not known."""
         answer = await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
         if answer.is_error:
-            raise EngineError(code="engine_unusable", message=f"{server.id} does not answer: {_message(answer)}.")
+            raise EngineError(code="engine_unusable", message=f"{server.id} failed to generate a token: {_message(answer)}.")
 
     async def unload(self, server: ServerRecord, name: str) -> None:
         """Unload an adapter. A name that is not loaded is ignored. Raises OSError."""
@@ -75,9 +75,9 @@ class AdapterClient:
         return frozenset(await self.folders(server))
 
     async def folders(self, server: ServerRecord) -> Mapping[str, str | None]:
-        """Return the folder of each loaded model, by the model's name. Raises OSError.
+        """Return the loaded models as a dictionary. Raises OSError.
 
-        A folder is None if the server does not report the folder.
+        Keys: names of the models.  Values: folders of the models. A folder is None if the server does not report the folder.
         """
         try:
             async with asyncio.timeout(_UNLOAD_SECONDS):
