@@ -30,7 +30,7 @@ class TrainingData:
     samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
-    largest_batch: Mapping[int, int]  #: the largest micro-batch: number of samples by their length in tokens
+    largest_batch: Mapping[int, int]  #: the largest micro-batch. Keys: lengths in tokens. Values: numbers of samples
     largest_packs: Sequence[int] = ()  #: indexes of the packs in the largest micro-batch; empty if they are not known
 
 
