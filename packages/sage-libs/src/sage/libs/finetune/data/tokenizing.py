@@ -72,7 +72,7 @@ class Encoder:
     train_on: TrainOn = "assistant"
     embedding_rows: int | None = None  #: number of rows of the embedding matrix; ids must be smaller than this number
     truncated: int = 0  #: number of sequences that were truncated to `cutoff` tokens
-    dropped: int = 0  #: number of sequences dropped, because no trained token was left after truncation
+    dropped: int = 0  #: number of sequences that were dropped, because no trained token was left
     untrained: int = 0  #: number of samples without any tokens to train on
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: number of tokens of each sequence before truncation
     findings: Findings = field(default_factory=Findings)
@@ -88,7 +88,7 @@ class Encoder:
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return the values for the cache key: all values, except the samples, that influence the sequences."""
+        """Return the values for the cache key: all values that influence the sequences, except the samples."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
@@ -189,9 +189,9 @@ class Encoder:
             )
         return DatasetError(
             code="dataset_too_long",
-            message=f"In all {self.dropped} samples, the answer begins after the cutoff of {self.cutoff} tokens, so no "
+            message=f"In all {self.dropped} sequences, the answer begins after the cutoff of {self.cutoff} tokens, so no "
             "token is left to train on.",
-            hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
+            hint=f"Raise max_seq_length (the shortest sequence has {min(self.lengths)} tokens) or shorten the prompts.",
             param="max_seq_length",
         )
 

@@ -82,7 +82,7 @@ class TrainingMemory:
     sizes: Architecture
     config: FinetuneConfig
     formats: Formats
-    has_kernels: bool  #: SAGE's training step is used, else the training step of transformers and PEFT
+    has_kernels: bool  #: True: SAGE's training step is used. False: the step of transformers and PEFT
     framework_bytes: int = FRAMEWORK_BYTES
     checkpointing: bool = False  #: gradient checkpointing
     processes: int = 1  #: number of processes that share the memory; each process has its own copy of the model

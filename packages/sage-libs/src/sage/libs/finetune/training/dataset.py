@@ -91,8 +91,9 @@ class _Reader:
         samples = load_or_tokenize(path, self.new_encoder(), self.report.progress_unless_stopped, split)
         if samples.stats.truncated:
             self.report.warn(
-                f"{path}: {counted(samples.stats.truncated, 'sample')} of {samples.stats.samples} truncated to "
-                f"{self.max_seq_length} tokens, {samples.stats.dropped} dropped, because nothing of the answer is left."
+                f"{path} ({counted(samples.stats.samples, 'sample')}): truncated "
+                f"{counted(samples.stats.truncated, 'sequence')} to {self.max_seq_length} tokens, and dropped "
+                f"{counted(samples.stats.dropped, 'sequence')}, because nothing of the answer is left."
             )
         self.report.findings(Findings(samples.stats.findings), path)
         return samples

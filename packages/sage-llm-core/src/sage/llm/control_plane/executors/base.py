@@ -21,7 +21,7 @@ class Prepared:
     options: Mapping[str, Any] = field(default_factory=dict)
     reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
-    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: the same as `reserved_bytes`
 
 
 @dataclass(frozen=True)
