@@ -135,7 +135,7 @@ def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_m
 def test_samples_longer_than_the_cutoff_fail_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "a")])
     done = sage(*finetune(tiny_model, long, tmp_path / "out", "--max-seq-length", "32"), check=1)
-    assert "In all 1 samples, the answer begins after the cutoff of 32 tokens" in done.stderr
+    assert "In all 1 sequences, the answer begins after the cutoff of 32 tokens" in done.stderr
     assert "Raise max_seq_length" in done.stderr
     engine = engine_of(done)
     assert list_engines()[engine]["state"] == "failed"

@@ -174,7 +174,7 @@ def test_a_sample_that_leaves_no_answer_fails_before_the_model_is_loaded(tiny_mo
     status = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(data), max_seq_length=32).start().until_ended()
     assert status.state is RunState.FAILED
     assert status.code == "dataset_too_long"
-    assert "In all 3 samples, the answer begins after the cutoff of 32 tokens" in str(status.message)
+    assert "In all 3 sequences, the answer begins after the cutoff of 32 tokens" in str(status.message)
     assert "Raise max_seq_length" in str(status.hint)
 
 

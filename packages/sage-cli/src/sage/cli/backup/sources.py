@@ -41,7 +41,7 @@ def settings_and_state() -> Iterator[Source]:
 def run_directories(*, all_checkpoints: bool) -> Iterator[Source]:
     """Yield the run directories. A run that is not completed includes its newest checkpoint, so that it can be resumed.
 
-    all_checkpoints: include all checkpoints of all runs.
+    all_checkpoints: whether to include all checkpoints of all runs.
     """
     for run in _runs():
         name = f"runs/{run.path.name}"

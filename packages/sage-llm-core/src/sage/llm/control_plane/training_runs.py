@@ -23,7 +23,7 @@ class TrainingRuns:
     _add: Callable[[EngineRecord], Awaitable[EngineView]]
 
     async def change_training(self, engine_id: str, options: TrainingOptions) -> TrainingChangeView:
-        """Request that a training run uses other options from its next step on; do not wait for this step.
+        """Request that a training run uses other options from its next step on. This method does not wait for that step.
 
         If the run has no process, the options are used when the run is resumed. Raises Conflict or ConfigError.
         """

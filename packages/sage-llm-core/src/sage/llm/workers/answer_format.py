@@ -111,9 +111,9 @@ def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
 
 
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
-    """Return the first known pair of call markers that the template or the vocabulary contains.
+    """Return the first pair in `_CALL_MARKERS` of which each marker occurs in the template or in the vocabulary.
 
-    Returns {} if neither contains a pair, or if the template does not use the variable `tools`.
+    Returns {} if there is no such pair, or if the template does not use the variable `tools`.
     """
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
     for opening, closing in _CALL_MARKERS if "tools" in template else ():

@@ -25,7 +25,10 @@ class OpenVinoGenerator(Generator):
     """A model in OpenVINO's format."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        """Load the converted model. If it does not exist, merge the adapter and convert the model. Raises SageError."""
+        """Load the converted model from the cache, or first convert the model. Raises SageError.
+
+        If the model is an adapter, the base model merged with the adapter is converted.
+        """
         source = resolve_model(given.model)
         folder = cached_openvino(source, given.quantize, OpenVino(Path(sys.executable)))
         config: Any = model_config(folder)

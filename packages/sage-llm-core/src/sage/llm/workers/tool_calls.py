@@ -194,7 +194,7 @@ class AnswerReader:
         return True
 
     def _until(self, marker: str) -> tuple[str, bool]:
-        """Remove and return the buffered text before a marker, and whether the marker was found and removed.
+        """Remove the buffered text before a marker, and the marker. Return this text, and whether the marker was found.
 
         If the marker is not found, text that can be the beginning of the marker stays in the buffer.
         """

@@ -60,7 +60,7 @@ def read_conversation(value: Any, where: str) -> Conversation:
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Convert an object of lists, the format of old versions of `datasets`, to a list of turns. Other values: None."""
+    """Convert an object of lists, the format of old versions of `datasets`, to a list of turns. Return None otherwise."""
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:

@@ -70,9 +70,9 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: rows of the model's embedding matrix; all token ids must be smaller
+    embedding_rows: int | None = None  #: number of rows of the embedding matrix; ids must be smaller than this number
     truncated: int = 0  #: number of sequences that were truncated to `cutoff` tokens
-    dropped: int = 0  #: number of sequences dropped, because no trained token was left after truncation
+    dropped: int = 0  #: number of sequences that were dropped, because no trained token was left
     untrained: int = 0  #: number of samples without any tokens to train on
     lengths: "array[int]" = field(default_factory=lambda: array("q"))  #: number of tokens of each sequence before truncation
     findings: Findings = field(default_factory=Findings)
@@ -88,7 +88,7 @@ class Encoder:
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:
-        """Return the values for the cache key: all values, except the samples, that influence the sequences."""
+        """Return the values for the cache key: all values that influence the sequences, except the samples."""
         vocabulary, template = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template
         return [vocabulary, template, self._end_ids, self.embedding_rows, self.cutoff, self.train_on]
 
@@ -132,9 +132,10 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token would contain both the end of a prompt and the beginning of its answer.
 
-        The prompt of the next answer would contain this token. The sequence would not, because prompts and answers are
-        tokenized separately. The last answer is not checked, because no prompt contains the last answer. The ends of answers
-        are not checked, because the end token never contains other text.
+        A server tokenizes the prompt of the next answer as one text, so that prompt would contain this token. The sequence
+        would not contain this token, because prompts and answers are tokenized separately. The last answer is not checked,
+        because no prompt contains the last answer. The ends of answers are not checked, because the end token never contains
+        other text.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]
@@ -188,9 +189,9 @@ class Encoder:
             )
         return DatasetError(
             code="dataset_too_long",
-            message=f"In all {self.dropped} samples, the answer begins after the cutoff of {self.cutoff} tokens, so no "
+            message=f"In all {self.dropped} sequences, the answer begins after the cutoff of {self.cutoff} tokens, so no "
             "token is left to train on.",
-            hint=f"Raise max_seq_length (the shortest sample has {min(self.lengths)} tokens) or shorten the prompts.",
+            hint=f"Raise max_seq_length (the shortest sequence has {min(self.lengths)} tokens) or shorten the prompts.",
             param="max_seq_length",
         )
 

@@ -36,7 +36,10 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 
 
 class Kernels:
-    """The kernels installed in a model. The model accepts packed samples, and its `logits` are the last hidden states."""
+    """The kernels installed in a model.
+
+    With the kernels, the model accepts packed samples. The field `logits` of its output contains the last hidden states.
+    """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
         """Install the kernels without comparing the logits; the function `install` also compares them."""
@@ -133,7 +136,7 @@ def _unsupported_reason(model: PreTrainedModel) -> str:
 
 @torch.inference_mode()
 def _probe(model: PreTrainedModel, kernels: Kernels | None) -> Tensor:
-    """Return the logits of two random samples, (tokens, vocab). If `kernels` is given, the samples are packed."""
+    """Return the logits of two random samples, shape (tokens, vocab_size). If `kernels` is given, the samples are packed."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.get_input_embeddings().weight.shape[0]
     samples = [torch.randint(vocab, (1, n), generator=generator).to(model.device) for n in _PROBE_LENGTHS]

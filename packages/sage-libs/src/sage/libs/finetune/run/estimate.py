@@ -27,7 +27,7 @@ _LOSS_TOKENS, _LOSS_COPIES = 384, 2
 #: transformers, which frees many temporary values between saved values.
 _GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.42, 0.47, 0.5
 _MOST_SAMPLES = 2**20
-#: Number of sequences per sample. All other methods have one sequence per sample.
+#: Keys: training methods. Values: number of sequences per sample. All other methods have one sequence per sample.
 _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
 
 
@@ -63,7 +63,7 @@ class TrainingEstimate:
     activation_bytes: int  #: values saved for the backward pass
     loss_bytes: int  #: logits and probabilities, or the temporary values of the backward pass if these values are larger
     heap_bytes: int = 0  #: gaps between blocks of memory
-    loading_bytes: int = 0  #: additional memory while the model is loaded, if loading needs more memory than training
+    loading_bytes: int = 0  #: additional memory during loading, if loading needs more memory than training
 
     @property
     def total_bytes(self) -> int:
@@ -82,10 +82,10 @@ class TrainingMemory:
     sizes: Architecture
     config: FinetuneConfig
     formats: Formats
-    has_kernels: bool  #: SAGE's training step is used, else the training step of transformers and PEFT
+    has_kernels: bool  #: True: SAGE's training step is used. False: the step of transformers and PEFT
     framework_bytes: int = FRAMEWORK_BYTES
     checkpointing: bool = False  #: gradient checkpointing
-    processes: int = 1  #: processes of the run that share the memory; each has its own copy of the model
+    processes: int = 1  #: number of processes that share the memory; each process has its own copy of the model
 
     def at(self, lengths: Sequence[int] | Mapping[int, int]) -> TrainingEstimate:
         """Return the memory for a micro-batch.
@@ -107,7 +107,7 @@ class TrainingMemory:
             loss_bytes=temporary_bytes,
             heap_bytes=int((activation_bytes + temporary_bytes) * self._gaps(max(lengths))),
         )
-        # While the model is loaded, the pages of the weight file are also in memory, and the weights are not quantized yet.
+        # During loading, the pages of the weight file are also in memory, and the weights are not quantized yet.
         # With bitsandbytes, only the pages are counted, because bitsandbytes quantizes each weight immediately.
         dense_bytes = 0 if formats.base_bits else sizes.parameters * (4 if self._is_full else formats.value_bytes)
         peak_bytes = self.framework_bytes + dense_bytes + sizes.file_bytes
@@ -250,7 +250,8 @@ def batch_limit(config: FinetuneConfig) -> dict[int, int]:
 def check_memory(needs: TrainingMemory, length: int, available_bytes: int) -> None:
     """Raise RunError if even the smallest micro-batch does not fit.
 
-    length: tokens of the sample in the smallest micro-batch.  available_bytes: free memory plus memory that the run uses.
+    length: number of tokens of the only sample in the smallest micro-batch.
+    available_bytes: free memory plus the memory that the run already uses.
     """
     least_bytes = needs.least(length).total_bytes
     if least_bytes <= available_bytes:

@@ -74,7 +74,8 @@ def checkpoint_to_fork(parent: RunDirectory, step: int | None) -> Checkpoint:
 def copy_history(parent: RunDirectory, checkpoint: Checkpoint, child: RunDirectory) -> None:
     """Write the checkpoint and the events up to the checkpoint into the folder of the new run.
 
-    The new files are hard links, so that they remain if the original run removes the checkpoint.
+    The checkpoint's files are hard links, or copies if the file system has no hard links. Therefore these files remain if
+    the original run removes the checkpoint.
     Raises NotFound if the original run has removed the checkpoint, and RunError if the checkpoint is damaged.
     """
     target = child.path / checkpoint.path.name

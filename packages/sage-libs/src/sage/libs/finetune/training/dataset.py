@@ -30,7 +30,7 @@ class TrainingData:
     samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
-    largest_batch: Mapping[int, int]  #: the largest micro-batch: number of samples by their length in tokens
+    largest_batch: Mapping[int, int]  #: the largest micro-batch. Keys: lengths in tokens. Values: numbers of samples
     largest_packs: Sequence[int] = ()  #: indexes of the packs in the largest micro-batch; empty if they are not known
 
 
@@ -91,8 +91,9 @@ class _Reader:
         samples = load_or_tokenize(path, self.new_encoder(), self.report.progress_unless_stopped, split)
         if samples.stats.truncated:
             self.report.warn(
-                f"{path}: {counted(samples.stats.truncated, 'sample')} of {samples.stats.samples} truncated to "
-                f"{self.max_seq_length} tokens, {samples.stats.dropped} dropped, because nothing of the answer is left."
+                f"{path} ({counted(samples.stats.samples, 'sample')}): truncated "
+                f"{counted(samples.stats.truncated, 'sequence')} to {self.max_seq_length} tokens, and dropped "
+                f"{counted(samples.stats.dropped, 'sequence')}, because nothing of the answer is left."
             )
         self.report.findings(Findings(samples.stats.findings), path)
         return samples

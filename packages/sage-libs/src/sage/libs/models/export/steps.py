@@ -46,7 +46,7 @@ def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], No
 
 
 def finish_step(work: Callable[[], Any]) -> NoReturn:
-    """Call `work`, print the returned value or the raised SageError as last line of the output, and exit."""
+    """Call `work`, print the returned value or the raised SageError as the last line of the output, and exit."""
     try:
         result, code = {"value": work()}, 0
     except SageError as error:

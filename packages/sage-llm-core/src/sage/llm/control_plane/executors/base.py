@@ -21,7 +21,7 @@ class Prepared:
     options: Mapping[str, Any] = field(default_factory=dict)
     reserved_bytes: int | None = None  #: memory that the engine is expected to need; None: not known
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
-    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
+    least_bytes: int | None = None  #: smallest memory with which the engine can run; None: the same as `reserved_bytes`
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Observed:
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
-    crash: str | None = None  #: where a training run exited without reporting an error; None: no such exit
+    crash: str | None = None  #: step at which a training run exited without reporting an error; None: no such exit
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
     tokens: Tokens | None = None  #: None: the server does not count tokens
-    threads: int | None = None  #: CPU threads in use; None: their number cannot change while the server runs
+    threads: int | None = None  #: number of CPU threads; None: the number cannot change while the server runs
     is_active: bool = True  #: False: the server reports that it has had no requests in the last seconds
 
 
@@ -64,8 +64,8 @@ class Executor(Protocol):
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:
         """Run the slow checks, for example of the dataset, and create the files of the engine. Raises SageError.
 
-        Returns values to store in the engine's columns. Called before each start that a user requests, possibly more than
-        once.
+        Returns values to store in the engine's columns. This method is called before each start that a user requests. It can
+        be called several times before one start.
         """
 
     async def discard(self, engine_id: str) -> None:

@@ -16,8 +16,8 @@ _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWar
 def exit_message(what: str, code: int | None, log_path: Path) -> str:
     """Return a sentence that says how a process exited.
 
-    The sentence includes the last line of the log, unless the exit code is 0 or the process was killed by a signal. Lines
-    that match `_NO_ERROR` are not included.
+    The sentence includes the last line of the log, unless this line matches `_NO_ERROR`, the exit code is 0, or the process
+    was killed by a signal.
     what: subject of the sentence.
     """
     sentence = f"{what} {describe_exit(code)}"

@@ -38,7 +38,10 @@ class Inventory:
         self._limit_bytes = None if settings.memory_limit_gb is None else round(settings.memory_limit_gb * 1e9)
 
     def devices(self, occupants: Sequence[Occupant] = ()) -> list[Device]:
-        """Return all devices, GPUs first, main memory last. Each device lists the engines that use its memory."""
+        """Return all devices, GPUs first, main memory last.
+
+        Each device lists the engines that use its memory, and the engines for which its memory is reserved.
+        """
         node, sessions = socket.gethostname(), all_sessions()
         members = {each.engine_id: _members([each.pid] if each.pid else [], sessions) for each in occupants}
         gpus = []
