@@ -365,7 +365,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        # `LogFile.cut` moves text from a log file to a second file. Each of the two files may have half of the limit.
+        # `LogFile.cut` moves text from a log file to a second file. Each file may grow to half of `log_limit_mb`.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)
