@@ -299,7 +299,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         """Return the server to which a request for `model` is sent. Wait for an engine that is still starting.
 
         client: identifies the sender of the request. See `RoutingTable.find`.
-        Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
+        Raises NotFound if no engine matches. Raises Overloaded if the engine stays paused, is not ready in time, or ends
+        before it is ready.
         """
         deadline_seconds = time.monotonic() + wait_seconds
         change, route = self._routing.next_change(), self.find(model, kind, client)
