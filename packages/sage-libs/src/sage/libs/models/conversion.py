@@ -26,7 +26,7 @@ _HASH_DIGITS = 16
 
 
 def converted(folder: Path) -> Path:
-    """Convert the GGUF file in `folder` to bf16 safetensors, unless it was converted before. Return the new folder."""
+    """Convert the GGUF file in `folder` to bf16 safetensors, unless it was converted before. Return the result's folder."""
     gguf = next(folder.glob("*.gguf"))
     root = get_user_paths().models_dir / FOLDER
     with _reported(f"{gguf} cannot be converted to safetensors", root):

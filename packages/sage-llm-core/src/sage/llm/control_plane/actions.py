@@ -25,7 +25,7 @@ class Launch:
     is_moved: bool = False  #: whether to use a new server id, because other engines use the engine's previous server
     devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any devices
     reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
-    threads: int | None = None  #: the CPU threads that the planned server gets; None: the default of its program
+    threads: int | None = None  #: number of CPU threads for the planned server; None: the default of its program
 
 
 @dataclass(frozen=True)

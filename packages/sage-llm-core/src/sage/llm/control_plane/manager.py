@@ -299,7 +299,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         """Return the server to which a request for `model` is sent. Wait for an engine that is still starting.
 
         client: identifies the sender of the request. See `RoutingTable.find`.
-        Raises NotFound if no engine matches, Overloaded if the engine is not ready in time or ends before it is ready.
+        Raises NotFound if no engine matches. Raises Overloaded if the engine stays paused, is not ready in time, or ends
+        before it is ready.
         """
         deadline_seconds = time.monotonic() + wait_seconds
         change, route = self._routing.next_change(), self.find(model, kind, client)
@@ -365,7 +366,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
                     await self._woken.wait()
 
     async def _bound_logs(self) -> None:
-        # `LogFile.cut` moves text from a log file to a second file. Each of the two files may have half of the limit.
+        # `LogFile.cut` moves text from a log file to a second file. Each file may grow to half of `log_limit_mb`.
         limit_bytes = self._settings.log_limit_mb * 500_000
         while True:
             await asyncio.sleep(_LOGS_SECONDS)

@@ -103,7 +103,7 @@ def queue_of(
     claims: list[Claim] = []
     wakes: dict[str, ServerRecord] = {}
     room_for = {engine.paused_by for engine in engines if is_making_room(engine)}
-    # Engines that restart are decided first. Otherwise, another engine could get the memory that a restarted engine had.
+    # Engines that restart get memory first. Otherwise, another engine could get the memory that a restarting engine had.
     room_for |= {engine.id for engine in engines if engine.restarts and not engine.paused_by}
     for engine in sorted(filter(is_waiting, engines), key=rank):
         is_due = watches[engine.id].state_seconds >= backoff_seconds(engine.restarts)

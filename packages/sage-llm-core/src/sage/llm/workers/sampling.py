@@ -24,7 +24,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  #: number of most likely tokens to report; None: no log-probabilities
-    echo: bool = False  #: the answer begins with the prompt
+    echo: bool = False  #: whether the answer begins with the prompt
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Shape:
         return self._object(self.kind, made, usage=self._usage())
 
     def chunks(self, piece: Piece, *, is_first: bool) -> list[dict[str, Any]]:
-        """Return the stream chunks of a piece.  is_first: the piece is the first piece of its choice."""
+        """Return the stream chunks of a piece.  is_first: whether the piece is the first piece of its choice."""
         self._completion_tokens += piece.completion_tokens
         made = []
         delta = self._delta(piece, is_first=is_first)

@@ -76,7 +76,7 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT's format; merged: safetensors, an adapter is merged into its base; gguf: a file for "
+            help="adapter: PEFT's format; merged: safetensors (an adapter is merged into its base); gguf: a file for "
             "llama.cpp; openvino: files for OpenVINO GenAI; ollama: a GGUF file and a Modelfile.",
         ),
     ],

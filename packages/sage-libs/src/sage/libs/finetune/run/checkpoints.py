@@ -50,7 +50,7 @@ class Checkpoint:
             ) from error
 
     def verify(self) -> None:
-        """Raise RunError if a file is missing, or if its checksum differs from the checksum in the manifest."""
+        """Raise RunError if a file is missing, or if a file's checksum differs from the checksum in the manifest."""
         try:
             manifest = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
             for name, expected in manifest["files_sha256"].items():

@@ -36,7 +36,8 @@ def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
     """
     wanted = config.model_dump(mode="json", include=set(_DECISIVE))
     for run in _newest(root):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # the run is damaged, or from a later SAGE
+        # Runs that are damaged or that a newer version of SAGE wrote are skipped.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             found = json.loads(run.spec_path.read_bytes())["config"]
             if any(found[name] != value for name, value in wanted.items()):
                 continue

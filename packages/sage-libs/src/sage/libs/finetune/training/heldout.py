@@ -70,7 +70,10 @@ class HeldOut:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether the loss has not improved in the last `patience` measurements. False without early stopping."""
+        """Whether the loss has not improved in the last `patience` measurements.
+
+        Without early stopping, the value is False.
+        """
         patience, best = self.patience, self.best_step
         return bool(patience and best is not None and sum(step > best for step in self.losses) >= patience)
 

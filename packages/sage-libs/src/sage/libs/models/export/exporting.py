@@ -1,4 +1,4 @@
-"""Export a model into a new folder. Each step of an export is a separate process, so this module does not import torch."""
+"""Export a model into a new folder. Each step runs in a separate process, so this module does not import torch."""
 
 import json
 import shutil
