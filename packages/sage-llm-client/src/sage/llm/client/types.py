@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a specific model. Such a request is sent to the most recently
-#: started engine of the requested kind.
+#: Model name for requests that do not need a specific model. Such a request is sent to the engine of the requested
+#: kind that became ready last.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
@@ -95,7 +95,7 @@ class StartRequest(BaseModel):
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
     on_busy: OnBusy | None = Field(
-        None, description="What to do if the memory is not free; default: `on_busy` of the settings."
+        None, description="What to do if the memory that the engine needs is not free; default: `on_busy` of the settings."
     )
     priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
     devices: list[DeviceId] | None = Field(
