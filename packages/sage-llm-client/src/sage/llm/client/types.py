@@ -164,9 +164,11 @@ class EngineView(BaseModel):
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
     form: str | None = Field(None, description="How the server loads the model, as text for users.")
-    context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
+    context_tokens: int | None = Field(None, description="Maximum length of prompt plus answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
-    kv_cache_tokens: int | None = Field(None, description="Size of the key/value cache in tokens; null: the default.")
+    kv_cache_tokens: int | None = Field(
+        None, description="Size of the key/value cache in tokens; null: the default of the backend."
+    )
     threads: int | None = Field(None, description="CPU threads of the process; null: the default of the engine's program.")
     idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
@@ -249,7 +251,7 @@ class Device(BaseModel):
     uuid: str | None = Field(None, description="NVIDIA's id of the GPU or MIG device.")
     memory_total_bytes: int
     memory_usable_bytes: int | None = Field(
-        None, description="Memory that engines may use, within the limits of the settings and of a container."
+        None, description="Memory that engines may use. Settings and the limit of a container can reduce this memory."
     )
     memory_used_bytes: int
     utilization_percent: float | None = None

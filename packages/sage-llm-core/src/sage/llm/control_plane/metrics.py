@@ -125,7 +125,7 @@ def _engine_metrics(measured: Measured) -> Iterator[Metric]:
 
 def _request_metrics(measured: Measured) -> Iterator[Metric]:
     in_progress = GaugeMetricFamily(
-        "sage_engine_requests_in_progress", "Requests of this gateway that an engine is answering.", labels=_LABELS
+        "sage_engine_requests_in_progress", "Requests from this gateway that an engine is answering.", labels=_LABELS
     )
     duration = HistogramMetricFamily(
         "sage_engine_request_duration_seconds",
