@@ -53,7 +53,7 @@ def start_engine(
 
 
 def follow_start(client: SageClient, engine: EngineView, *, wait: bool | None, json: bool, announce: str = "{id}") -> None:
-    """Print the id of an engine that was created, and wait for the engine. The arguments are those of `start_engine`."""
+    """Print the id of an engine that was created, and wait for the engine. For `wait` and `announce`, see `start_engine`."""
     if not json:
         typer.echo(announce.format(id=engine.id))
         sys.stdout.flush()

@@ -137,7 +137,7 @@ class GatewayUnreachable(SageError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the second line if the first line is a heading; without final period."""
+    """Return the first line of an error message, or the second line if the first line is a heading. Omit a final period."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     is_heading = lines[0].startswith("Error(s) in loading") and len(lines) > 1  # torch: line 2 names the tensor
     return lines[is_heading].rstrip(".")

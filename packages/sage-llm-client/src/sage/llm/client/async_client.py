@@ -94,7 +94,7 @@ class AsyncSageClient:
         return await self._send(calls.stop(engine_id, force=force))
 
     async def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine frees its memory until a user resumes it. A training run first saves a checkpoint."""
+        """Ask an engine to release its memory until the engine is resumed. A training run first saves a checkpoint."""
         return await self._send(calls.pause(engine_id))
 
     async def queue(self) -> list[EngineView]:

@@ -101,7 +101,7 @@ class SageClient:
         return self._send(calls.stop(engine_id, force=force))
 
     def pause_engine(self, engine_id: str) -> EngineView:
-        """Request that an engine frees its memory until a user resumes it. A training run first saves a checkpoint."""
+        """Ask an engine to release its memory until the engine is resumed. A training run first saves a checkpoint."""
         return self._send(calls.pause(engine_id))
 
     def queue(self) -> list[EngineView]:

@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a specific model. Such a request is sent to the most recently
-#: started engine of the requested kind.
+#: Model name for requests that do not need a specific model. Such a request is sent to the engine of the requested
+#: kind that became ready last.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
@@ -95,7 +95,7 @@ class StartRequest(BaseModel):
     )
     serve: ServeRequest | None = Field(None, description="Serve the result of a training run as an llm engine.")
     on_busy: OnBusy | None = Field(
-        None, description="What to do if the memory is not free; default: `on_busy` of the settings."
+        None, description="What to do if the memory that the engine needs is not free; default: `on_busy` of the settings."
     )
     priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
     devices: list[DeviceId] | None = Field(
@@ -164,9 +164,11 @@ class EngineView(BaseModel):
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
     form: str | None = Field(None, description="How the server loads the model, as text for users.")
-    context_tokens: int | None = Field(None, description="Maximum length of prompt and answer, in tokens.")
+    context_tokens: int | None = Field(None, description="Maximum length of prompt plus answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
-    kv_cache_tokens: int | None = Field(None, description="Size of the key/value cache in tokens; null: the default.")
+    kv_cache_tokens: int | None = Field(
+        None, description="Size of the key/value cache in tokens; null: the default of the backend."
+    )
     threads: int | None = Field(None, description="CPU threads of the process; null: the default of the engine's program.")
     idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
@@ -249,7 +251,7 @@ class Device(BaseModel):
     uuid: str | None = Field(None, description="NVIDIA's id of the GPU or MIG device.")
     memory_total_bytes: int
     memory_usable_bytes: int | None = Field(
-        None, description="Memory that engines may use, within the limits of the settings and of a container."
+        None, description="Memory that engines may use. Settings and the limit of a container can reduce this memory."
     )
     memory_used_bytes: int
     utilization_percent: float | None = None

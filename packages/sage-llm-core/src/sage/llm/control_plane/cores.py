@@ -20,7 +20,7 @@ class Cores:
 def with_threads(actions: Sequence[Action], servers: Iterable[ServerRecord], cores: Cores) -> list[Action]:
     """Set the number of CPU threads in each launch of a new server that uses the CPU, and return all actions.
 
-    servers: the servers of this node. A running process keeps its number of threads.
+    servers: the servers of this node. This function does not change the threads of running servers.
     """
     launches = {action.engine.id: action.engine for action in actions if _takes_cores(action)}
     if not launches:

@@ -48,7 +48,7 @@ class Measured:
     counts: Mapping[tuple[EngineKind, EngineState], int] = field(default_factory=dict)  #: engine counts, by kind and state
     waiting: list[EngineView] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
-    tokens: Mapping[str, Tokens] = field(default_factory=dict)  #: tokens of prompts and answers, by engine id
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)  #: numbers of prompt and answer tokens, by engine id
     cpu_seconds: Mapping[str, float] = field(default_factory=dict)  #: CPU time, by engine id
     in_progress: Mapping[str, int] = field(default_factory=dict)  #: number of requests, by engine id
     request_times: RequestTimes = field(default_factory=RequestTimes)
@@ -125,7 +125,7 @@ def _engine_metrics(measured: Measured) -> Iterator[Metric]:
 
 def _request_metrics(measured: Measured) -> Iterator[Metric]:
     in_progress = GaugeMetricFamily(
-        "sage_engine_requests_in_progress", "Requests of this gateway that an engine is answering.", labels=_LABELS
+        "sage_engine_requests_in_progress", "Requests from this gateway that an engine is answering.", labels=_LABELS
     )
     duration = HistogramMetricFamily(
         "sage_engine_request_duration_seconds",

@@ -12,7 +12,8 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Maximum number of engines in the cache. The cache holds the fields of settled engines that have no stored `figures`.
+#: Maximum number of engines in the cache. The cache holds the fields of stopped, completed and failed engines whose
+#: `figures` are not in the store.
 _MAX_READ = 10_000
 
 

@@ -30,7 +30,7 @@ class Watch:
     def look(self, engine: EngineRecord, observed: Observed | None, now_seconds: float, limit_seconds: float) -> None:
         """Add the time since the last call to the durations that continue, and reset the other durations.
 
-        observed: None if the engine could not be observed. Then `silent_seconds` and `ended_seconds` do not change.
+        observed: None if the engine could not be observed. Then `silent_seconds` and `ended_seconds` are not increased.
         limit_seconds: maximum time to add.
         """
         passed_seconds = min(now_seconds - self.looked_at_seconds, limit_seconds)

@@ -62,7 +62,7 @@ class Job(Generic[T]):
         if is_device_lost(error):
             raise error
         reason: SageError = Overloaded(code="out_of_memory", message="The engine ran out of memory.")
-        with contextlib.suppress(Exception):  # building this error can fail if no memory is free
+        with contextlib.suppress(Exception):  # `internal_error` can fail if no memory is free
             reason = internal_error(error, doing)
         self.abandon(reason)
 

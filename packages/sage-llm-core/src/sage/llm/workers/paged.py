@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sage.llm.workers.packed import Part
 
-#: Maximum number of prompt tokens in a pass. The number is small, because the other answers wait for the pass.
+#: Maximum number of prompt tokens in a pass. The number is small, because all answers in progress wait until the pass ends.
 _PROMPT_TOKENS = 128
 #: Compute in fp32. Do not pin threads to cores, because other processes use the same cores.
 _SETTINGS: Mapping[str, Any] = {

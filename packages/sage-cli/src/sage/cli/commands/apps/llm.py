@@ -52,7 +52,7 @@ def estimate(
     json_: engine.Json = False,
     **training: Any,
 ) -> None:
-    """Show how much memory an engine would need, and whether the engine fits. Use the options of `engine start`."""
+    """Show how much memory an engine would need, and whether this memory is free. Use the options of `engine start`."""
     from sage.cli.estimating import show_estimate
 
     serving = {"dtype": dtype, "context_tokens": context_tokens, "slots": slots, "quantize": quantize and quantize.value}

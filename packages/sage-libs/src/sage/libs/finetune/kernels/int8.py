@@ -110,7 +110,7 @@ def measured_speedup(width: int, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _int_matmul(integers: Tensor, matrix: Tensor) -> Tensor:
-    """Return integers @ matrix as int32. The next call overwrites the result, because all calls share one buffer."""
+    """Return integers @ matrix as int32, in a buffer of the thread. The next call in this thread overwrites the result."""
     shape = integers.shape[0], matrix.shape[1]
     buffer: Tensor | None = getattr(_scratch, "sums", None)
     if buffer is None or buffer.numel() < math.prod(shape):

@@ -25,7 +25,7 @@ _ATTENTION = "sage_openvino_export"
 #: Types of rotary embeddings whose values depend on the length of the text. The converted model would use
 #: the values of short texts for all texts.
 _VARYING_ROPE = frozenset({"dynamic", "longrope"})
-#: Largest difference between the logits of transformers and of OpenVINO, relative to the largest logit.
+#: Largest allowed difference between the logits of transformers and of OpenVINO, relative to the largest logit.
 _TOLERANCE = 1e-3
 #: Number of weights that share one scale in int4.
 _INT4_GROUP = 32

@@ -1,4 +1,4 @@
-"""The step of an export that loads weights: it checks an adapter, or writes a model as safetensors."""
+"""One step of an export: check an adapter, or write a model as safetensors."""
 
 import argparse
 import logging

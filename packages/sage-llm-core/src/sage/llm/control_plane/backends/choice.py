@@ -12,7 +12,7 @@ RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "vllm": 0.54, "llamacpp": 1.4, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
 }
-#: Like RELATIVE_SPEEDS, but for requests to one whole model, for example to an adapter that is merged into its base model.
+#: Like RELATIVE_SPEEDS, but for requests to one whole model, for example to a base model with a merged adapter.
 #: The values for a GPU are not measured.
 MERGED_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "llamacpp": 1.4, "vllm": 1.0, "openvino": 2.4},

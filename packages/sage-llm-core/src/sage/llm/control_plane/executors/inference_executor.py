@@ -36,7 +36,7 @@ class _Answer(NamedTuple):
     """The answer of a server to a health check."""
 
     observed: Observed
-    tokens: Mapping[str, Tokens] = {}  #: tokens of each model, by the model's name in requests
+    tokens: Mapping[str, Tokens] = {}  #: keys: names of models, "" if there is one model; values: token counts
 
 
 class InferenceExecutor:

@@ -153,8 +153,8 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node. Each control plane that takes over a lease increments the fence of the lease. Rows are never
-#: deleted, so that no fence decreases.
+#: One row for each node. `fence` is the fencing token of a lease: each control plane that takes over the lease increments
+#: the token. Rows are never deleted, so that no token decreases.
 leases = Table(
     "leases",
     metadata,
