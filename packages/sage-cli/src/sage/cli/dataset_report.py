@@ -89,7 +89,7 @@ def describe(report: DatasetReport, measured: Measured, *, as_json: bool) -> str
         f"tokens with {measured.tokenizer}: {total}, of which {measured.trained_tokens} are trained; "
         f"shortest {min(measured.lengths)}, longest {max(measured.lengths)}, mean {total / len(measured.lengths):.0f}",
         *_histogram(measured.lengths),
-        f"cutoff {measured.cutoff_tokens}: {counted(measured.truncated, 'sample')} truncated, "
+        f"cutoff {measured.cutoff_tokens}: {counted(measured.truncated, 'token sequence')} truncated, "
         f"{measured.dropped} dropped, because nothing of the answer is left",
     ])  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Write files atomically, so that a crash or power failure leaves no incomplete file."""
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -9,12 +10,17 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
 
     mode: permissions of the file, before the umask is applied.
     """
-    aside = path.with_name(f".{path.name}.partial")
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    # Each thread has a name of its own, because several can replace the same file at the same time.
+    aside = path.with_name(f".{path.name}.partial-{threading.get_native_id()}")
+    try:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     fsync_path(path.parent)
 
 

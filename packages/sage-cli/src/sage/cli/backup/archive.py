@@ -89,11 +89,11 @@ def verify(path: Path, progress: Callable[[int], None]) -> Manifest:
     found: dict[str, str] = {}
     manifest: Manifest | None = None
     try:
-        for name, file in _members(path):
+        for name, file in _members(path, progress):
             if name == _MANIFEST:
                 manifest = Manifest.model_validate(json.loads(file.read()))
             else:
-                found[name] = _sha256(file, progress)
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] # it has `readinto`
     except FileNotFoundError:
         raise BackupError(code="backup_not_found", message=f"The file {path} does not exist.") from None
     except ValidationError as error:
@@ -119,23 +119,30 @@ def extract(path: Path, target: Callable[[str], Path | None], progress: Callable
                 progress(copy.tell())
 
 
-def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yield the name and the open file of each member. Raises ValueError if a member is not a file or its path is unsafe."""
-    with tarfile.open(path, "r|gz") as tar:
+class _CountedFile(io.FileIO):
+    def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
+        super().__init__(path)
+        self._progress = progress
+
+    def read(self, size: int | None = -1) -> bytes:
+        block = super().read(size) or b""
+        self._progress(len(block))
+        return block
+
+
+def _members(path: Path, progress: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield the name and the open file of each member.
+
+    progress: called with the number of bytes of each block that is read from the backup.
+    Raises ValueError if a member is not a file or its path is unsafe.
+    """
+    with _CountedFile(path, progress) as file, tarfile.open(fileobj=file, mode="r|gz") as tar:
         for info in tar:
             name = PurePosixPath(info.name)
-            file = tar.extractfile(info) if info.isreg() else None
-            if file is None or name.is_absolute() or ".." in name.parts:
+            member = tar.extractfile(info) if info.isreg() else None
+            if member is None or name.is_absolute() or ".." in name.parts:
                 raise ValueError(f"the member {info.name} is not allowed")
-            yield info.name, file
-
-
-def _sha256(file: IO[bytes], progress: Callable[[int], None]) -> str:
-    checksum = hashlib.sha256()
-    while block := file.read(_BLOCK_BYTES):
-        checksum.update(block)
-        progress(len(block))
-    return checksum.hexdigest()
+            yield info.name, member
 
 
 def _damaged(path: Path, problem: str) -> BackupError:

@@ -100,7 +100,7 @@ def requested_model(body: JsonBody | None) -> str:
     if model := body.texts.get("model"):
         return model
     message = f"'model' is required and must be text of 1 to {MAX_MODEL_CHARS} characters."
-    hint = f"Send '{DEFAULT_MODEL}' to use the most recently started engine."
+    hint = f"Send '{DEFAULT_MODEL}' to use the engine that became ready last."
     raise ConfigError(code="model_required", message=message, hint=hint, param="model")
 
 

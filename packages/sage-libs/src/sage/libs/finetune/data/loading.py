@@ -20,7 +20,7 @@ from sage.libs.finetune.data.samples import Fault, Origin
 from sage.libs.finetune.data.values import DECODER, json_problem, without_nulls
 
 #: Maximum length of a CSV cell, in characters.
-_CSV_FIELD_BYTES = 64 * 2**20
+_CSV_FIELD_CHARACTERS = 64 * 2**20
 #: Maximum length of a .jsonl line, in bytes.
 _LINE_BYTES = 64 * 2**20
 _BATCH_ROWS = 1024
@@ -174,7 +174,7 @@ def _behind_blanks(text: str, at: int) -> int:
 
 
 def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
-    csv.field_size_limit(_CSV_FIELD_BYTES)
+    csv.field_size_limit(_CSV_FIELD_CHARACTERS)
     broken: list[int] = []
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.reader(_record_broken(text, broken), strict=True)

@@ -157,7 +157,7 @@ def _changes(status: RunStatus, event: AnyRunEvent) -> dict[str, Any]:
         case StoppedEvent():
             return {"state": RunState.STOPPED, "step": event.step, "eta_seconds": None}
         case FinishedEvent():
-            loss = event.heldout_loss or status.heldout_loss
+            loss = status.heldout_loss if event.heldout_loss is None else event.heldout_loss
             return {"state": RunState.COMPLETED, "eta_seconds": 0.0, "message": None, "heldout_loss": loss}
         case FailedEvent():
             reason = {"code": event.code, "message": event.message, "hint": event.hint}
