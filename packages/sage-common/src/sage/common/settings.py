@@ -110,7 +110,7 @@ class Settings(BaseSettings):
     @classmethod
     def _usable_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if urls and info.data.get("webhook_secret", True) is None:
-            raise ValueError("also requires webhook_secret; create one: openssl rand -base64 32")
+            raise ValueError("also requires webhook_secret. To create a secret: openssl rand -base64 32")
         for parts in map(urlsplit, urls):
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("must be URLs that begin with http:// or https://, separated by commas")
@@ -125,7 +125,7 @@ class Settings(BaseSettings):
             except ValueError:
                 key = b""
             if not _WEBHOOK_KEY_BYTES[0] <= len(key) <= _WEBHOOK_KEY_BYTES[1]:
-                raise ValueError("must be 24 to 64 bytes as base64; create one: openssl rand -base64 32")
+                raise ValueError("must be the base64 text of 24 to 64 bytes. To create a secret: openssl rand -base64 32")
         return secret
 
     @field_validator("fake_devices")

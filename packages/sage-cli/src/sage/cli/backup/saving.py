@@ -51,7 +51,7 @@ def save(target: Path, content: Content, begin: Callable[[int], Callable[[int], 
     aside = target.with_name(f".{target.name}.partial")
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            # Copy the database before the runs. A gateway accepts runs that are newer than its database, as after a crash.
+            # Copy the database before the runs, because a gateway accepts runs that are newer than its database.
             database = _copy_database(Path(folder)) if content.database else None
             _write(aside, database, content, begin)
         os.replace(aside, target)

@@ -51,7 +51,9 @@ class RouteRequest(BaseModel):
 class RouteTargetView(RouteTarget):
     """A target of a route, and the active engine that the target currently selects."""
 
-    engine_id: str | None = Field(None, description="Id of the selected active engine; null if the target selects none.")
+    engine_id: str | None = Field(
+        None, description="Id of the engine that the target means; null if no active engine has this id, name or model."
+    )
     state: EngineState | None = Field(None, description="State of the selected engine.")
 
 

@@ -22,7 +22,7 @@ class Launch:
 
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
-    is_moved: bool = False  #: whether to use a new server id, because other engines use the engine's previous server
+    is_moved: bool = False  #: whether other engines use the engine's previous server; the new server then needs a new id
     devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any devices
     reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
     threads: int | None = None  #: number of CPU threads for the planned server; None: the default of its program

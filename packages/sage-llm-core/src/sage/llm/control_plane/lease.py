@@ -22,7 +22,7 @@ from sage.llm.control_plane.store.records import Lease
 
 logger = logging.getLogger(__name__)
 #: Fractions of the lease time. _RENEW: interval between renewals. _LOOK: interval between a standby's attempts to acquire
-#: the lease. _USE: maximum age of the last renewal at which the lease is still used.
+#: the lease. _USE: time after a renewal for which the holder uses the lease.
 _RENEW, _LOOK, _USE = 1 / 4, 1 / 8, 7 / 8
 
 

@@ -73,7 +73,7 @@ class Sleeper:
         try:
             await self._client.wake(server)
         except EngineError as error:
-            logger.warning("%s: its server is started again instead of woken: %s", engine.id, error.message)
+            logger.warning("%s: the server cannot be woken, so it is started again: %s", engine.id, error.message)
             await self._launcher.signal(server.handle, Signal.KILL)
             return
         self._routing.apply(engine, await self._update(server, state=ServerState.LAUNCHED))

@@ -179,7 +179,9 @@ class PackedRunner:
             self.adapters.forget(adapter)
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Run the parts in one pass, and return the logits of each part, (tokens or 1, vocab_size).
+        """Run the parts in one pass, and return the logits of each part, with the shape (tokens, vocab_size).
+
+        The logits of a part have one row if only the last token's logits are needed.
 
         check: called in every layer. An exception from `check` ends the pass. A failed pass does not change the
         caches.

@@ -31,7 +31,9 @@ class Runner(Protocol):
         """Return an empty cache for one answer."""
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Compute the tokens of the parts, and return the logits of each part, of shape (tokens or 1, vocab_size).
+        """Compute the tokens of the parts, and return the logits of each part, with the shape (tokens, vocab_size).
+
+        The logits of a part have one row if only the last token's logits are needed.
 
         check: called in every layer; may raise an exception to end the pass.
         """

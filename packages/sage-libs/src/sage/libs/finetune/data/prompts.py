@@ -43,7 +43,7 @@ def parted(prompt: Sequence[Message], spoken: Sequence[Message], where: str) -> 
     if asked:
         raise RecordError(
             f"{where}[0] is a {asked[0]['role']} message that differs from the prompt.",
-            f"Replace this message by the prompt, or remove the message from {where}.",
+            f"Copy the prompt into {where}[0], or remove {where}[0].",
         )
     return prompt, spoken
 

@@ -18,7 +18,7 @@ class Activations:
     """Numbers of values that a training step has in memory for each token. The size of a value depends on the data type."""
 
     saved: float  #: saved by one layer for the backward pass
-    inner: float  #: saved products with the LoRA matrices A of one layer, in the data type of matrix products
+    inner: float  #: saved outputs of the LoRA matrices A of one layer. Their data type is that of all matrix products.
     layer_input: float  #: the input of one layer; gradient checkpointing saves nothing else
     backward: float  #: temporary tensors in the backward pass of the largest part of a layer
     weights_heads: int  #: number of heads whose attention weights are saved for a short sample
@@ -41,8 +41,8 @@ class Activations:
 def kernel_activations(sizes: Architecture, rank: int) -> Activations:
     """Return the activations of SAGE's training step (`kernels.install`).
 
-    Saved: inputs of both norms and of the output projection; rotated queries and keys, and values; outputs of gate and up.
-    Norm outputs and products of gate and up are recomputed.
+    Each layer saves the inputs of both norms, the queries, keys and values of the attention, the input of the output
+    projection, and the outputs of `gate_proj` and `up_proj`. All other values are computed again in the backward pass.
     """
     hidden, query, key, inner = sizes.hidden_size, sizes.query_size, sizes.key_value_size, sizes.intermediate_size
     return Activations(
@@ -58,8 +58,10 @@ def kernel_activations(sizes: Architecture, rank: int) -> Activations:
 def plain_activations(sizes: Architecture, rank: int, *, autocast: bool) -> Activations:
     """Return the activations of the training step of transformers and PEFT.
 
-    Saved: the inputs and outputs of both norms; queries, keys, values and the output of attention; the outputs of gate, up
-    and activation, and their product. Under `autocast` to bf16, norms save fp32 values, and products save bf16 copies.
+    Each layer saves the inputs and outputs of both norms, the queries, keys, values and output of the attention, the outputs
+    of `gate_proj`, `up_proj` and the activation function, and the input of `down_proj`.
+
+    autocast: whether matrix products are in bf16. The norms then save fp32 values, and each matrix product saves a bf16 copy.
     """
     hidden, query, key, inner = sizes.hidden_size, sizes.query_size, sizes.key_value_size, sizes.intermediate_size
     return Activations(

@@ -67,8 +67,8 @@ class Inventory:
     def memory(self, pids: Mapping[str, int]) -> list[DeviceMemory]:
         """Return the memory of each device: usable, used by each server, and used by other programs.
 
-        pids: maps the id of each server of this node to the PID of its process. The memory of a server is the memory of all
-        processes in the session of this process.
+        pids: maps the id of each server of this node to the PID of the server's process. The memory of a server includes all
+        processes in the session of the server's process.
         """
         sessions = all_sessions()
         members = {server_id: _members([pid], sessions) for server_id, pid in pids.items()}
