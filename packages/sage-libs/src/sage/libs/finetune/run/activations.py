@@ -61,7 +61,7 @@ def plain_activations(sizes: Architecture, rank: int, *, autocast: bool) -> Acti
     Each layer saves the inputs and outputs of both norms, the queries, keys, values and output of the attention, the outputs
     of `gate_proj`, `up_proj` and the activation function, and the input of `down_proj`.
 
-    autocast: whether matrix products are in bf16. In this case, norms save fp32 values, and matrix products save bf16 copies.
+    autocast: whether matrix products are in bf16. If so, norms save fp32 values, and matrix products save bf16 copies.
     """
     hidden, query, key, inner = sizes.hidden_size, sizes.query_size, sizes.key_value_size, sizes.intermediate_size
     return Activations(
