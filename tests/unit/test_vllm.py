@@ -155,6 +155,7 @@ def test_the_health_has_the_token_and_the_limits(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("SAGE_ENGINE_ID", "engine-a")
     found = requested(tmp_path, "GET", "/health").json()
     assert (found["engine"], found["context_tokens"], found["slots"]) == ("engine-a", 512, 4)
+    assert found["tokens"] == {"base": [0, 0]}
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("DELTA", [3, 5]), ("CUMULATIVE", [3, 3])])

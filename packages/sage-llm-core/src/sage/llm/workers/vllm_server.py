@@ -135,8 +135,9 @@ class TokenCounts:
 
     def __init__(self, state: Any) -> None:
         """Replace `generate` of the engine client.  state: the state of vLLM's application."""
-        self.by_model: dict[str, list[int]] = {}  #: prompt tokens and tokens of answers, by the model's name in requests
         self._base_name = state.vllm_config.model_config.served_model_name
+        #: Keys: names of models in requests. Values: the number of prompt tokens, and the number of answer tokens.
+        self.by_model: dict[str, list[int]] = {self._base_name: [0, 0]}
         self._generate, state.engine_client.generate = state.engine_client.generate, self._counted
 
     async def _counted(
