@@ -113,7 +113,7 @@ def enable() -> None:
 
 
 def commands() -> list[str]:
-    """Return the commands that start the service by hand."""
+    """Return the shell commands that start the service now and at each login."""
     return ["systemctl --user daemon-reload", f"systemctl --user enable --now {UNIT}"]
 
 

@@ -71,7 +71,7 @@ def open_restored(database: Path, moves: Moves) -> None:
                 for column in columns:
                     _move_column(connection, table, column, moves)
             # The leases belong to the gateway that ran when the backup was written. The expiry times of
-            # the leases are not reliable, because the clock of another machine can have set the times.
+            # the leases are not reliable, because these times can come from the clock of another machine.
             connection.execute("UPDATE leases SET holder = NULL, expires_at = '2000-01-01 00:00:00.000000'")
     except sqlite3.Error as error:
         raise BackupError(

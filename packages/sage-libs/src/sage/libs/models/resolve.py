@@ -76,7 +76,7 @@ def _resolve(name: str, depth: int) -> ModelSource:
     if depth > _MAX_DEPTH:
         raise ModelError(
             code="model_invalid",
-            message=f"'{name}' is the base of more than {_MAX_DEPTH} adapters in a row, which is not supported.",
+            message=f"'{name}' is the base of a chain of more than {_MAX_DEPTH} adapters. Such chains are not supported.",
             hint="Export the base as a merged model, and use that model as the base.",
         )
     if not name.strip():
@@ -179,8 +179,8 @@ def _check_shards(folder: Path) -> None:
 def safetensors_header(path: Path) -> dict[str, Any]:
     """Return the header of a safetensors file. Keys: names of tensors. Values: `dtype`, `shape` and `data_offsets`.
 
-    The file contains the length of the header (8 bytes), the header as JSON, and the data. Raises ModelError if the file is
-    incomplete or damaged.
+    The first 8 bytes of the file are the length of the header. The header as JSON and the data follow. Raises ModelError if
+    the file is incomplete or damaged.
     """
     try:
         with path.open("rb") as file:

@@ -61,7 +61,10 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called after an engine's first observation, and after each observation that changes its `_outline`."""
+        """on_change: called after an engine's first observation, and after each observation with a different `_outline`.
+
+        The `_outline` of an observation is compared with the `_outline` of the engine's previous observation.
+        """
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}
@@ -171,7 +174,8 @@ class Prober:
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None
-        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None  # find new checkpoints soon
+        # Training runs that are served are probed often, so that new checkpoints are found soon.
+        is_fast = target.engine.state in _CHANGING or target.engine.serve is not None
         target.due_seconds = time.monotonic() + (_FAST_SECONDS if is_fast else _SLOW_SECONDS)
 
     @staticmethod

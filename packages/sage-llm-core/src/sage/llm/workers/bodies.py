@@ -59,7 +59,8 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route that reads request bodies with JsonRequest, and accepts application/json only.
 
-    Other content types are rejected: a web page of another site can send text/plain to loopback without a CORS preflight.
+    Other content types are rejected, because browsers let any web page send text/plain to a server on this machine without a
+    CORS preflight.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]

@@ -149,7 +149,7 @@ class Engine:
             raise ConfigError(
                 code="context_length_exceeded",
                 message=f"The prompt has {prompt_tokens} tokens, and the answer may have {answer_tokens}; the engine's "
-                f"key/value cache has {self._cache_tokens} tokens.",
+                f"key/value cache has space for {self._cache_tokens} tokens.",
                 hint="Shorten the prompt, or set a smaller max_tokens.",
                 param=param,
             )

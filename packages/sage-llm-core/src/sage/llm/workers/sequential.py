@@ -1,4 +1,4 @@
-"""Run one answer at a time with transformers' cache, for models that packed passes do not compute correctly."""
+"""Run one answer at a time with transformers' cache, for models that give wrong results in packed passes."""
 
 import inspect
 from collections.abc import Callable

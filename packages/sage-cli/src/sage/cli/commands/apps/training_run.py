@@ -43,7 +43,7 @@ def update(
 def fork(
     engine_id: EngineId,
     output: Annotated[str, typer.Option(help="Folder to write the result to.")],
-    step: Annotated[int | None, typer.Option(min=1, help="Step of the checkpoint; default: the newest one.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Step of the checkpoint; default: the newest checkpoint.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the new engine; default: the name of ENGINE.")] = None,
     learning_rate: LearningRate = None,
     lr_scheduler: Annotated[str | None, typer.Option(help="Schedule of the learning rate.")] = None,
@@ -55,7 +55,7 @@ def fork(
     wait: Wait = None,
     json_: Json = False,
 ) -> None:
-    """Start a training run that continues from a checkpoint of another run, and print its id.
+    """Start a training run that continues from a checkpoint of another run, and print the id of the new engine.
 
     Options that are omitted have the same values as in the other run.
     """

@@ -5,7 +5,8 @@ rendered chat is an answer. Otherwise, an answer is the text that follows its pr
 
 If the prompt of an answer begins with the previous prompt and answer, the answer is added to the previous answer's sequence.
 Otherwise, the answer begins a new sequence, for example because the template removes reasoning from earlier answers. If a
-token would contain both the end of a prompt and the beginning of an answer, the answers are in separate sequences.
+token would contain both the end of a prompt and the beginning of an answer, the sequence is split into one sequence for each
+answer.
 """
 
 import itertools
@@ -46,7 +47,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer: the text of its prompt, the text to learn, and the id of the end token to append (None: append none)."""
+    """An answer: the text of its prompt, the text to learn, and the id of the end token to append (None: no token)."""
 
     prompt: str
     text: str
@@ -132,10 +133,10 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token would contain both the end of a prompt and the beginning of its answer.
 
-        A server tokenizes the prompt of the next answer as one text, so that prompt would contain this token. The sequence
-        would not contain this token, because prompts and answers are tokenized separately. The last answer is not checked,
-        because no prompt contains the last answer. The ends of answers are not checked, because the end token never contains
-        other text.
+        A server tokenizes the prompt of the next answer as one text. Therefore the prompt on the server would contain this
+        token. The sequence would not contain this token, because prompts and answers are tokenized separately for training.
+        The last answer is not checked, because no prompt contains the last answer. The ends of answers are not checked,
+        because the end token never contains other text.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]

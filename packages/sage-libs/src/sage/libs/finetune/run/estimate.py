@@ -21,7 +21,7 @@ _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: SAGE's training step has two tensors of shape (_LOSS_TOKENS, vocab_size) in memory: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc, as a share of the activations and temporary values. The values fit the measurements
+#: Gaps in the heap of glibc, as a share of the activations and temporary values. The shares fit the measurements
 #: in benchmarks/results/estimates.md. _GAPS: samples of at most BLOCK_TOKENS tokens. _LONG_GAPS: longer samples.
 #: _MIXED_GAPS: saved values in bf16 and matrix products in fp32, or the reverse. _PLAIN_GAPS: the training step of
 #: transformers, which frees many temporary values between saved values.

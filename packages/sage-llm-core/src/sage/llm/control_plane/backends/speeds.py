@@ -33,7 +33,7 @@ def save_speeds(speeds: Speeds) -> Path:
 
 
 def saved_speeds(device: str) -> Speeds | None:
-    """Return the saved measurements, or None if none were saved for this processor and this kind of device."""
+    """Return the saved measurements for this processor and a kind of device, or None if there are no such measurements."""
     try:
         speeds = Speeds(**json.loads(_file().read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -182,7 +182,7 @@ class InferenceExecutor:
 def _form(engine: EngineRecord) -> str | None:
     if not (engine.adapter and engine.server_id):
         return engine.form
-    merge = engine.form if engine.merger_id is None else "it is being merged in the background"
+    merge = engine.form if engine.merger_id is None else "the adapter is being merged in the background"
     return f"adapter on {engine.server_id}{f'; {merge}' if merge else ''}"
 
 
