@@ -42,7 +42,10 @@ class SageClient:
     """
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """timeout_seconds: maximum wait for an answer, except for streams, starts, resumes, removals and health checks."""
+        """timeout_seconds: maximum wait for an answer.
+
+        Other limits apply to streams, starts, forks, resumes, removals and health checks.
+        """
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.Client(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
