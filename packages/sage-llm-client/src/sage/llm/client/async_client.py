@@ -170,7 +170,7 @@ class AsyncSageClient:
     async def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> AsyncIterator[EngineEvent]:
         """Yield the events of all engines after the event with the id `after`, then each new event.
 
-        The iterator never ends. If `after` is "latest", it yields only new events.
+        The iterator never ends. If `after` is "latest", the iterator yields only new events.
         """
         cursor = (await self.changes(after)).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
@@ -178,7 +178,7 @@ class AsyncSageClient:
             yield event
 
     async def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points`."""
+        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points` steps."""
         return await self._send(calls.training_steps(engine_id, after, max_points))
 
     async def list_routes(self) -> list[RouteView]:

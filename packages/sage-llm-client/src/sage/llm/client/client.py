@@ -171,14 +171,14 @@ class SageClient:
     def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
         """Yield the events of all engines after the event with the id `after`, then each new event.
 
-        The iterator never ends. If `after` is "latest", it yields only new events.
+        The iterator never ends. If `after` is "latest", the iterator yields only new events.
         """
         cursor = self.changes(after).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         yield from self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds)
 
     def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points`."""
+        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points` steps."""
         return self._send(calls.training_steps(engine_id, after, max_points))
 
     def list_routes(self) -> list[RouteView]:
