@@ -15,7 +15,8 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState, EngineView
 
 _POLL_SECONDS = 0.2
-#: A command fails if the gateway is unreachable for longer than this. A restart of the gateway takes less time.
+#: If the gateway is unreachable for more than this number of seconds, the command fails. A restart of the gateway takes
+#: less time.
 _PATIENCE_SECONDS = 60.0
 
 

@@ -6,7 +6,10 @@ _ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Return whether a shortage caused an error, or one of the causes of the error. The failed call can succeed later."""
+    """Return whether an error, or an error in its chain of causes, reports a shortage.
+
+    After a shortage, the failed call can succeed later.
+    """
     while error:
         if isinstance(error, OSError) and error.errno in _ERRNOS:
             return True

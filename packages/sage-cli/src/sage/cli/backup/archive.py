@@ -23,7 +23,7 @@ _UNREADABLE = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError)
 
 
 class Manifest(BaseModel):
-    """Description of a backup and the checksums of its files."""
+    """Describes a backup, and contains the checksums of its files."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -29,9 +29,9 @@ T = TypeVar("T")
 Order = Literal["asc", "desc"]
 #: A position in the change feed: the id of an event, or "latest" for the id of the newest event.
 Cursor = int | Literal["latest"]
-#: Time-out of starts, resumes and removals, which can take long.
+#: Time-out of requests that can take long: starts, forks, resumes and removals.
 _LONG_SECONDS = 3600.0
-#: Engines per request when all engines are listed: the largest number that the gateway allows.
+#: Number of engines in each page when all engines are listed. The gateway allows at most this number.
 PAGE_LIMIT = 1000
 _PREFIX = "/v1/management"
 _ID = re.compile(r"[\w-]+", re.ASCII)

@@ -42,7 +42,10 @@ class SageClient:
     """
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
-        """timeout_seconds: maximum wait for an answer, except for streams, starts, resumes, removals and health checks."""
+        """timeout_seconds: maximum wait for an answer.
+
+        Other limits apply to streams, starts, forks, resumes, removals and health checks.
+        """
         self.base_url, self.api_key, self._timeout_seconds = base_url, api_key, timeout_seconds
         self._http = httpx.Client(
             base_url=base_url, headers=calls.headers(api_key), timeout=timeout_seconds, trust_env=False
@@ -168,14 +171,14 @@ class SageClient:
     def follow_changes(self, after: Cursor = 0, patience_seconds: float = 60) -> Iterator[EngineEvent]:
         """Yield the events of all engines after the event with the id `after`, then each new event.
 
-        The iterator never ends. If `after` is "latest", it yields only new events.
+        The iterator never ends. If `after` is "latest", the iterator yields only new events.
         """
         cursor = self.changes(after).last_id if after == "latest" else after
         reader = streams.EventReader(cursor, endless=True)
         yield from self._follow(lambda: calls.follow_changes(reader.cursor), reader, patience_seconds)
 
     def training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points`."""
+        """Return the optimizer steps of a training run after step `after`, downsampled to at most `max_points` steps."""
         return self._send(calls.training_steps(engine_id, after, max_points))
 
     def list_routes(self) -> list[RouteView]:

@@ -26,15 +26,18 @@ class TrainingChangeView(BaseModel):
 
 
 class ForkRequest(BaseModel):
-    """A request to start a run that continues from a checkpoint of another run."""
+    """A request to start a run that continues from a checkpoint of another run (the original run)."""
 
     model_config = ConfigDict(extra="forbid")
 
     step: int | None = Field(None, ge=1, description="Step of the checkpoint; default: the newest checkpoint.")
-    name: str | None = Field(None, max_length=200, description="Name of the new engine; default: name of the forked engine.")
+    name: str | None = Field(
+        None, max_length=200, description="Name of the new engine; default: name of the original run's engine."
+    )
     output_dir: str = Field(min_length=1, description="Absolute path of a new or empty folder for the result.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Options that differ from the other run, such as `learning_rate` and `max_steps`."
+        default_factory=dict,
+        description="New values of options, such as `learning_rate`; default: the values in the original run.",
     )
 
     @field_validator("name")

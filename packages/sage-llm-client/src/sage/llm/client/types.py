@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a specific model. Such a request is sent to the engine of the requested
-#: kind that became ready last.
+#: Model name for requests that do not need a specific model. Among the engines of the requested kind, the engine that
+#: became ready last answers such a request.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
@@ -113,7 +113,7 @@ class StartRequest(BaseModel):
         if not model.isprintable():
             raise ValueError("must contain only printable characters")
         if model.startswith(("./", "../", "~")) or "\\" in model or model in (".", ".."):
-            raise ValueError("a folder must be given as an absolute path, because the gateway has another working folder")
+            raise ValueError("a folder must be given as an absolute path, because the gateway has its own working folder")
         return model
 
     @field_validator("name")
@@ -233,7 +233,10 @@ class EventPage(BaseModel):
 
 
 class DeviceEngine(BaseModel):
-    """The memory of an engine on a device. Of the engines that share a server, only the first is listed."""
+    """The memory of an engine on a device.
+
+    If several engines share a server, only the first engine is listed, with the memory of the whole server.
+    """
 
     id: str
     name: str

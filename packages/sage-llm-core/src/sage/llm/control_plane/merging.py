@@ -13,7 +13,7 @@ from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.watch import Watch
 
-#: Seconds after a swap in which gateways may still send requests to the previous server of an engine.
+#: For this number of seconds after a swap, gateways may still send requests to the previous server of an engine.
 _DRAIN_SECONDS = 5.0
 
 

@@ -88,7 +88,7 @@ class Sleeper:
             task.add_done_callback(lambda _: self._ending.pop(server.id))
 
     async def close(self) -> None:
-        """Wait until the work that `end` has started is done."""
+        """Wait until all tasks that `end` has created are done."""
         await asyncio.gather(*self._ending.values())
 
     async def _end(self, server: ServerRecord) -> None:

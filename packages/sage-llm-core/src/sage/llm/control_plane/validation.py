@@ -16,7 +16,7 @@ from sage.llm.control_plane.store.records import EngineRecord
 logger = logging.getLogger(__name__)
 #: Maximum number of concurrent validations for each kind of engine.
 _MAX_VALIDATIONS = 2
-#: Seconds until a validation that failed because of a shortage is repeated.
+#: Seconds to wait after a shortage, before the validation is repeated.
 _RETRY_SECONDS = 1.0
 
 

@@ -38,7 +38,8 @@ class Views:
         """Return the view of an engine.
 
         waits: why a queued engine waits.  queue_position: place of the engine in the queue, from 1.
-        trouble: why the engine cannot be observed.  silent_seconds: time since the last answer; 0: not reported.
+        trouble: why the engine cannot be observed.
+        silent_seconds: how long an unresponsive engine has not answered. 0: the engine is responsive.
         """
         is_local, is_hosted = engine.node == self._node, engine.state in HOSTED
         address = server.address if server and is_hosted else None

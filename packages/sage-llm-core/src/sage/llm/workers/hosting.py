@@ -94,7 +94,10 @@ class Hosting:
         raise NotFound(code="model_not_found", message=message, hint="`GET /v1/models` lists the models.", param="model")
 
     def tokens(self) -> dict[str, list[int]]:
-        """Return the numbers of prompt and completion tokens of each model; key "": the base model without a served name."""
+        """Return the numbers of prompt and completion tokens of each model. The keys are the names of the models.
+
+        If the base model has no served name, its key is "".
+        """
         hosted = {self._served_name or "": self._base, **self._adapters}
         return {name: [model.prompt_tokens, model.completion_tokens] for name, model in hosted.items()}
 

@@ -18,7 +18,10 @@ _STANDBY_SECONDS = 1.0
 
 
 def take_lock() -> None:
-    """Take this user's gateway lock and keep it until the process exits. Raises Conflict if a gateway is running."""
+    """Take the gateway lock of the state folder, and keep the lock until the process exits.
+
+    Raises Conflict if a gateway is running.
+    """
     if LOCK_FD_VARIABLE in os.environ:  # the parent process took the lock, and this process inherited it
         return
     if not _try_lock():

@@ -59,7 +59,7 @@ def parse_record(record: Any) -> Parsed:
 
 
 def present_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a record that are not null; raises RecordError if the record is no object or contains media."""
+    """Return the non-null fields of a record. Raises RecordError if the record is not an object, or if it contains media."""
     if not isinstance(record, Mapping):
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}

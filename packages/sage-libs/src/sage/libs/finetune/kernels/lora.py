@@ -88,7 +88,7 @@ class Projections:
                 _base(layer).weight.data = self.weight
 
     def restore_dense_weights(self) -> None:
-        """Restore the dense weights from the int8 copy, if there is one. Modules of transformers need dense weights."""
+        """If an int8 copy exists, restore the dense weights from this copy. Modules of transformers need dense weights."""
         if self._int8:
             self._assign_views(self._int8.dequantize(self.weight.dtype))
 

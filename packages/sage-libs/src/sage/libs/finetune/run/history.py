@@ -17,26 +17,28 @@ from sage.libs.finetune.run.summary import read_status
 _SEARCHED_RUNS = 100
 #: Decisive options: the options that decide the number formats and the speed of a run.
 _DECISIVE = ("base_model", "finetuning_type", "method", "precision", "use_8bit", "quantization", "fast_kernels")
-#: Bytes of a dataset per token, typical for English text.
+#: Typical number of bytes per token in a dataset with English text.
 _TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """What an earlier run with the same decisive options has measured."""
+    """The number formats and the speed of an earlier run."""
 
     formats: Formats
     tokens_per_second: float | None
 
 
 def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
-    """Return what the newest run with the same decisive options as `config` has measured, or None if there is no such run.
+    """Return the number formats and the speed of the newest run that had the same decisive options as `config`.
+
+    Returns None if there is no such run.
 
     root: folder of the run directories.
     """
     wanted = config.model_dump(mode="json", include=set(_DECISIVE))
     for run in _newest(root):
-        # Runs that are damaged or that a newer version of SAGE wrote are skipped.
+        # Skip damaged runs, and runs that a newer version of SAGE created.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             found = json.loads(run.spec_path.read_bytes())["config"]
             if any(found[name] != value for name, value in wanted.items()):

@@ -25,7 +25,7 @@ _RESERVE_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class RunSpec:
-    """The configuration of a run as requested, and the hash of its data."""
+    """The requested configuration of a run, and the hash of the run's training data and reward file."""
 
     task_id: str
     config: FinetuneConfig

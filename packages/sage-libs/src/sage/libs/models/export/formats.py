@@ -58,7 +58,10 @@ class OpenVino:
 
     @property
     def packages(self) -> Path:
-        """The folder of the environment's packages; raises ConfigError if the packages are for another Python version."""
+        """The folder of the environment's packages.
+
+        Raises ConfigError if the environment has no OpenVINO for the Python version of this process.
+        """
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         folder = self.interpreter.parent.parent / "lib" / version / "site-packages"
         if not (folder / "openvino").is_dir():

@@ -84,7 +84,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
         """Change the state of the engine `record` to `state`, and write the event and the server in the same transaction.
 
         put_server: server to insert or replace.
-        join_server: id of a server that hosts other engines, or that sleeps.
+        join_server: id of the server that the engine joins. This server hosts other engines, or sleeps.
         join_values: new values for columns of this server.
         leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
         unless the server sleeps.
@@ -184,7 +184,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
             raise NotFound(
                 code="engine_not_found",
                 message=f"No engine '{engine_id}'.",
-                hint="`sage llm engine list` shows all engines.",
+                hint="`sage llm engine list --all` shows all engines.",
                 param="engine_id",
             )
         return engine_record(row)

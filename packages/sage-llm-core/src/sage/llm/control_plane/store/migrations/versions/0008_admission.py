@@ -11,7 +11,6 @@ down_revision = "0007"
 
 
 def upgrade() -> None:
-    """Add columns."""
     op.add_column("engines", sa.Column("on_busy", sa.String(), nullable=False, server_default="wait"))
     op.add_column("engines", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("engines", sa.Column("not_before", sa.DateTime(timezone=True)))
