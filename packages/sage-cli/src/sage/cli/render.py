@@ -64,7 +64,7 @@ def queue_table(engines: Iterable[EngineView]) -> Table:
 
 
 def engine_lines(engine: EngineView) -> list[str]:
-    """Return the details of one engine, one per line."""
+    """Return the details of an engine. Each item of the list is one line."""
     why = f" ({engine.backend_reason})" if engine.backend_reason else ""
     facts: list[tuple[str, object]] = [
         ("engine", engine.id), ("kind", engine.kind), ("model", engine.model), ("name", engine.name),

@@ -184,7 +184,9 @@ class StepEvent(StepMetrics, RunEvent):
     event: Literal["step"] = "step"
     step: int = Field(description="The completed step; the first step is 1.")
     total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
-    eta_seconds: float | None = Field(None, description="Seconds until the run is completed; null for the first 10 steps.")
+    eta_seconds: float | None = Field(
+        None, description="Seconds until the run is completed; null for the first 9 steps after a start."
+    )
 
 
 class CheckpointEvent(RunEvent):
@@ -200,7 +202,7 @@ class EvalEvent(RunEvent):
 
     event: Literal["eval"] = "eval"
     step: int = Field(description="Step after which the loss was measured; 0: before training.")
-    loss: float = Field(description="Mean loss over all trained tokens, in nats per token.")
+    loss: float = Field(description="Mean loss over the completion tokens of the held-out samples, in nats per token.")
     samples: int | None = Field(None, description="Number of held-out samples.")
     seconds: float = Field(0.0, description="Duration of the evaluation.")
 

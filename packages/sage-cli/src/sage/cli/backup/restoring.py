@@ -25,7 +25,7 @@ class Restored:
 
     outputs: tuple[Path, ...]  #: output folders that were written
     skipped: tuple[Path, ...]  #: output folders that exist already and were not changed
-    set_aside: tuple[Path, ...]  #: new names of the folders that existed before
+    set_aside: tuple[Path, ...]  #: new paths of the folders that existed before the restoration
 
 
 def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restored:

@@ -85,7 +85,7 @@ class ChatFormat:
         return self.ids([self.render(messages, tools, prompt=True)])[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Return the token ids of a plain text without EOS. If the tokenizer adds BOS, the ids begin with one BOS."""
+        """Return the token ids of a plain text. No EOS is added. If the tokenizer adds BOS, the ids begin with one BOS."""
         return [*self.prefix_of(text), *self.ids([text])[0]]
 
     def prefix_of(self, text: str) -> list[int]:
@@ -133,7 +133,8 @@ class ChatFormat:
         """Return the id of the special token that the template writes after an answer.
 
         calls: whether the answer has tool calls.
-        If there is no special token after an answer, return the first special token of the next message, else EOS.
+        If the template writes no special token after an answer, return the first special token of the next message. If the
+        next message has no special token either, return EOS.
         """
         asked = {"role": "user", "content": "Hi"}
         if calls:

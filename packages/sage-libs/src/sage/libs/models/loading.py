@@ -17,7 +17,8 @@ _MOST_NAMED = 5
 def local_folder(source: ModelSource) -> Path:
     """Return a local folder that transformers and PEFT can load.
 
-    A GGUF file is first converted to bf16 safetensors, and a hub model is downloaded. Both are stored in the models folder.
+    A GGUF file is first converted to bf16 safetensors, and a hub model is downloaded. The converted or downloaded files are
+    stored in the models folder.
     Raises ModelError if the conversion or the download fails.
     """
     if source.kind is ModelKind.GGUF:

@@ -284,8 +284,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
         """Return the route of the engine to which a request for `model` is sent. The engine possibly still has to start.
 
-        client: identifies the sender of the request. See `RoutingTable.find`. Raises NotFound if no engine matches,
-        Overloaded if all matching engines are running and none responds.
+        client: identifies the sender of the request. See `RoutingTable.find`.
+        Raises NotFound if no engine matches. Raises Overloaded if all matching engines are running but do not respond.
         """
         return self._routing.find(model, kind, self.is_responsive, client)
 
@@ -361,7 +361,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
             self._woken.clear()
             await self._reconciler.tick(is_active=self._keeper.lease is not None)
             with contextlib.suppress(TimeoutError):
-                # `asyncio.wait_for` is not used: in Python 3.11, it loses a cancellation while the event is being set.
+                # `asyncio.wait_for` is not used. In Python 3.11, `asyncio.wait_for` ignores a cancellation that arrives
+                # while the event is being set.
                 async with asyncio.timeout(self._settings.reconcile_seconds):
                     await self._woken.wait()
 

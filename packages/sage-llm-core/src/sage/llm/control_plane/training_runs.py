@@ -35,7 +35,7 @@ class TrainingRuns:
     async def fork_engine(self, engine_id: str, request: ForkRequest) -> EngineView:
         """Start a run that continues from a checkpoint of another run. Return the new engine in state `validating`.
 
-        The new run gets its own hard links to the checkpoint, so the other run can still remove the checkpoint.
+        The files of the checkpoint are linked or copied, so the new run keeps them if the other run removes the checkpoint.
         Raises SageError.
         """
         parent, executor = await self._run(engine_id)

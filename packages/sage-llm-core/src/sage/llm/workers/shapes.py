@@ -102,7 +102,7 @@ class ChatShape(Shape):
         self._calls: Counter[int] = Counter()
 
     def read_with(self, reader: Callable[[], AnswerReader]) -> None:
-        """Set the function that creates a reader for each choice. Call this once, before the first piece.
+        """Set the function that creates a reader for each choice. Call this method once, before the first piece.
 
         A reader splits the answer of a choice into content, reasoning and tool calls.
         """

@@ -50,7 +50,7 @@ class Gate:
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, then forward it to the proxy or the application. If a step fails, answer with an error."""
+        """Check a request, then forward it to the proxy or the application. After an exception, answer with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -1,7 +1,7 @@
 """Causal attention over packed samples: a token attends only to tokens of its own sample.
 
 On a CPU, an explicit softmax over batched matrix products is faster than a tiled kernel, because samples are short in
-fine-tuning. Long samples are split into blocks of queries, which limits the memory.
+fine-tuning. To limit the memory, the queries of a long sample are split into blocks.
 """
 
 import functools

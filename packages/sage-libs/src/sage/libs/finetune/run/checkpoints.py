@@ -154,7 +154,7 @@ def prune(run: Path, keep: int, best_step: int | None = None, trusted: Collectio
     """Remove all checkpoints except the `keep` newest intact checkpoints and the checkpoint of step `best_step`.
 
     Damaged checkpoints among the newest checkpoints are renamed, and their problems are returned.
-    trusted: steps of checkpoints that this process has written or verified.
+    trusted: steps of checkpoints that are not verified again, because this process has written or verified them.
     """
     kept, problems = 0, list[str]()
     for checkpoint in reversed(list_checkpoints(run)):

@@ -7,7 +7,7 @@ from typing import Literal
 from sage.common.errors import ConfigError
 
 Tracker = Literal["tensorboard", "mlflow", "trackio", "wandb"]
-#: The packages for each tracker. One of these packages must be installed; an error recommends the first package.
+#: The packages for each tracker. A tracker needs only one of its packages. Error messages recommend the first package.
 _PACKAGES: dict[Tracker, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "mlflow": ("mlflow",),
@@ -17,7 +17,7 @@ _PACKAGES: dict[Tracker, tuple[str, ...]] = {
 
 
 def check_trackers(trackers: Sequence[Tracker]) -> None:
-    """Raise ConfigError if no package of a tracker is installed."""
+    """Raise ConfigError for the first tracker that has no installed package."""
     for tracker in trackers:
         packages = _PACKAGES[tracker]
         if not any(importlib.util.find_spec(package) for package in packages):

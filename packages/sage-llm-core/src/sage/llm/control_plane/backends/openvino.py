@@ -53,7 +53,7 @@ class OpenVinoBackend(WorkerBackend):
         }
 
     def can_join(self, adapter: Path, base: Path) -> str:
-        """Return why an adapter cannot be loaded into a running server of its base, as part of a sentence."""
+        """Return why a running server cannot load an adapter, as a clause without a period."""
         return "OpenVINO serves only adapters that are merged into their base"
 
     def estimate(self, model: ModelSource, options: OpenVinoOptions) -> MemoryEstimate | None:

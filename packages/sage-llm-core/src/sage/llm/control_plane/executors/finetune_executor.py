@@ -33,7 +33,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, Ser
 
 __all__ = ["FinetuneEngine", "FinetuneEngineConfig", "FinetuneExecutor"]
 
-#: Options that name a dataset, and options that name another file or folder.
+#: `_DATASETS`: options that name datasets. `_PATHS`: options that name other files or folders.
 _DATASETS = ("dataset_path", "eval_path")
 _PATHS = ("output_dir", "resume_from_checkpoint", "reward_file")
 
@@ -49,7 +49,7 @@ class FinetuneExecutor:
         allow_reward_files: bool = False,
         threads: int | None = None,
     ) -> None:
-        """threads: number of CPU threads of each run. None: the number that the plan has set for the run's engine."""
+        """threads: number of CPU threads of each run. None: the number in the record of the run's engine."""
         self._threads = threads
         self._manager = FinetuneManager(allow_reward_files=allow_reward_files)
         self._launcher = launcher
@@ -58,7 +58,7 @@ class FinetuneExecutor:
         self._reading_steps = Pool("read-steps", 1)  # reading many steps must not delay probes
 
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
-        """Check the options, and check that the model and all named files exist. Raises SageError."""
+        """Check the options, and check that the model and the datasets exist. Raises SageError."""
         if request.port:
             raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Omit --port.")
         return await asyncio.to_thread(self._prepare, engine_id, request)
@@ -88,7 +88,7 @@ class FinetuneExecutor:
         return dataclasses.replace(spec, env={**spec.env, **given})
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
-        """Return the record of a new server, which represents the process of the run's worker."""
+        """Return the record of a new server. The server is the worker process of the run."""
         return planned_server(engine, server_id_of(engine), self._handle(engine))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
@@ -121,7 +121,10 @@ class FinetuneExecutor:
         await asyncio.to_thread(self._manager.request_checkpoint, task_id_of(engine.id))
 
     async def change_options(self, engine: EngineRecord, options: TrainingOptions) -> int:
-        """Request other options for the run's next steps, and return the revision of the request. Raises SageError."""
+        """Request new option values for the run's next steps. Return the sequence number of the request.
+
+        Raises SageError.
+        """
         return await asyncio.to_thread(self._manager.change_options, task_id_of(engine.id), options)
 
     async def fork(self, engine: EngineRecord, fork_id: str, step: int | None, options: Mapping[str, Any]) -> dict[str, Any]:

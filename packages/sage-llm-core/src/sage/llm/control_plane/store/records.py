@@ -119,7 +119,9 @@ class EngineRecord:
     #: Who paused the engine: `idle`, `user`, or the id of the engine that needs the memory; None: nobody.
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
-    threads: int | None = None  #: CPU threads of the server that the engine launched last; None: the program's default
+    #: number of CPU threads with which the engine's server was launched; None: the default of the server's program, or the
+    #: engine has joined an existing server
+    threads: int | None = None
     max_restarts: int = 5  #: maximum of `restarts`
     last_crash: str | None = None  #: point at which a training run exited without reporting an error; None: no such exit
     serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
