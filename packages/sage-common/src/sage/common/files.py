@@ -10,7 +10,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
 
     mode: permissions of the file, before the umask is applied.
     """
-    # Each thread has a name of its own, because several can replace the same file at the same time.
+    # The temporary file's name contains the thread's id, because several threads can replace one file at the same time.
     aside = path.with_name(f".{path.name}.partial-{threading.get_native_id()}")
     try:
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:

@@ -1,4 +1,4 @@
-"""Measure the memory of the node's devices for the plan, at most once a second."""
+"""Measure the memory of the node's devices, at most once a second."""
 
 import asyncio
 import logging
@@ -14,7 +14,7 @@ _SECONDS = 1.0
 
 
 class NodeMemory:
-    """The last measurement of the devices."""
+    """The last measurement of the devices' memory."""
 
     def __init__(self, measure: Callable[[Mapping[str, int]], Sequence[DeviceMemory]]) -> None:
         """measure: blocking function that returns the devices. Its argument is the same as the argument `pids` of `look`."""

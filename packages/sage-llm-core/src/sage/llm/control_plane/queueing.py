@@ -1,4 +1,4 @@
-"""The part of the plan that gives memory to waiting engines and pauses engines that must make room."""
+"""Order the waiting engines, decide what each waiting engine should do, and report why an engine waits."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

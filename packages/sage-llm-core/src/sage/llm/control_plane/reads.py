@@ -86,7 +86,7 @@ class EngineReads:
         return await self._pool.run(self._store.count)
 
     def problems(self) -> list[str]:
-        """Return why this control plane cannot manage some engines, or all engines."""
+        """Return the reasons why this control plane cannot manage some or all engines."""
         return self._reconciler.problems()
 
     async def get_engine(self, engine_id: str) -> EngineView:
@@ -139,7 +139,7 @@ class EngineReads:
         return await self._pool.run(self._store.last_event)
 
     async def get_training_steps(self, engine_id: str, after: int = 0, max_points: int | None = None) -> list[TrainingStep]:
-        """Return the optimizer steps of a run after step `after`, downsampled to at most `max_points`."""
+        """Return the optimizer steps of a run after step `after`, downsampled to at most `max_points` steps."""
         engine, _ = await self._local(engine_id)
         return await self._executors[engine.kind].training_steps(engine, after, max_points)
 

@@ -72,7 +72,7 @@ class _Pass:
     def __init__(self, parts: list[Part], check: Callable[[], None]) -> None:
         self._parts, self._check = parts, check
         self._lengths = [len(part.tokens) for part in parts]
-        self._places: list[tuple[Any, Any, Any, Any]] = []  #: of each part: new keys, new values, all keys, all values
+        self._places: list[tuple[Any, Any, Any, Any]] = []  #: for each part: new keys, new values, all keys, all values
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self.windows: dict[int, int | None] = {}  #: size of the sliding window, by layer index; None: no window
 

@@ -6,7 +6,7 @@ This script runs in vLLM's environment, where SAGE is not installed. The server 
 - Unknown parameters are rejected with status 400 (vLLM's own server ignores them).
 - Error codes are words, as in OpenAI's API.
 - An adapter is rejected if its tokenizer or chat template differs from the base model's.
-- `/health` returns the token that identifies the server, the limits of the server, and the numbers of tokens of each model.
+- `/health` returns the value of SAGE_ENGINE_ID, the limits of the server, and how many tokens each model has processed.
 - `/sleep`, `/wake_up` and `/is_sleeping` work as in vLLM's development mode, and need the server's key. Other routes of the
   development mode are not available: through them, clients could call any method of vLLM.
 """
@@ -131,7 +131,7 @@ async def _sleep(scope: Message, send: Send) -> None:
 
 
 class TokenCounts:
-    """The numbers of tokens of each model, counted in `generate` of vLLM's engine client, which all routes call."""
+    """Counts the tokens of each model. All routes call `generate` of vLLM's engine client, so this method is replaced."""
 
     def __init__(self, state: Any) -> None:
         """Replace `generate` of the engine client.  state: the state of vLLM's application."""
@@ -144,7 +144,7 @@ class TokenCounts:
         self, prompt: Any, sampling: Any, *arguments: Any, lora_request: Any = None, **options: Any
     ) -> AsyncIterator[Any]:
         prompt_tokens, answers = 0, Counter[int]()
-        is_delta = sampling.output_kind.name == "DELTA"  # otherwise, each output contains all tokens until then
+        is_delta = sampling.output_kind.name == "DELTA"  # False: each output contains all tokens of the answer so far
         generated = self._generate(prompt, sampling, *arguments, lora_request=lora_request, **options)
         try:
             async with aclosing(generated):

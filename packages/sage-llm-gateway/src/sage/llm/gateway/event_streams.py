@@ -13,7 +13,7 @@ from sage.llm.control_plane.manager import ControlPlaneManager
 
 _POLL_SECONDS = 0.3
 _EVENTS_AT_ONCE = 500
-#: Seconds without an event after which a comment is sent, so that no proxy closes the connection.
+#: If no event is sent for this number of seconds, a comment is sent, so that no proxy closes the connection.
 _KEEP_ALIVE_SECONDS = 15.0
 T = TypeVar("T")
 

@@ -339,7 +339,7 @@ def checkpoint(
 
 @app.command("remove")
 def remove(engine_id: EngineId) -> None:
-    """Delete an engine that has ended, with its log and checkpoints. The output folder is kept."""
+    """Delete an engine that has ended, and its log and checkpoints. The output folder is kept."""
     from sage.cli import daemon
 
     daemon.connect().remove_engine(engine_id)

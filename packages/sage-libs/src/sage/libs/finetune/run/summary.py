@@ -17,7 +17,7 @@ _COMPARED_BYTES = 512
 
 @dataclass(frozen=True)
 class Summary:
-    """The status of a run, derived from the events at the beginning of `events.jsonl`."""
+    """The status of a run, derived from the events before the byte `offset` of `events.jsonl`."""
 
     offset: int = 0
     crc32: int = 0  #: checksum of up to 512 bytes before the offset

@@ -31,7 +31,7 @@ class OptionChanges:
     def __init__(
         self, run: RunDirectory, configured: TrainingOptions, recorded: Sequence[ChangedEvent], step: int, heldout: HeldOut
     ) -> None:
-        """configured: options of the spec.  recorded: changes in the events.  step: the step that the run continues from."""
+        """configured: the original options.  recorded: earlier changes.  step: the step that the run continues from."""
         self._run, self._configured, self._recorded = run, configured, list(recorded)
         self._reader, self._heldout = RequestReader(run), heldout
         self.options = options_at(configured, self._recorded, step + 1)  #: options of the next step

@@ -27,8 +27,8 @@ _KNOWN_ENDS = {
 _BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 #: Key: the regular expression in tokenizer.json that splits the text. Value: the GGUF name of the pre-tokenizer. The table
-#: is used for vocabularies that the converter does not know. A wrong choice is detected, because the tokens of prompts are
-#: compared with the tokens of transformers after the conversion.
+#: is used for vocabularies that the converter does not know. A wrong choice is detected: after the conversion, prompts are
+#: tokenized with llama.cpp and with transformers, and the tokens are compared.
 _SPLITS: Mapping[str, str] = {
     rf"{_BEGIN}\p{{N}}{{1,3}}{_END}": "llama-bpe",
     rf"{_BEGIN}\p{{N}}{_END}": "qwen2",

@@ -53,9 +53,9 @@ class Capabilities:
     kinds: frozenset[EngineKind]
     formats: frozenset[ModelKind]
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
-    hot_adapters: bool = False  #: adapters can be loaded and unloaded while the server runs
-    merges_adapters: bool = True  #: the backend can serve a base model into which an adapter is merged
-    warm_up: bool = False  #: each loaded adapter immediately receives a request, because its first request is slow
+    hot_adapters: bool = False  #: whether adapters can be loaded and unloaded while the server runs
+    merges_adapters: bool = True  #: whether the backend can serve a base model into which an adapter is merged
+    warm_up: bool = False  #: True: each loaded adapter immediately receives a request, because its first request is slow
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
     #: GPU memory that a sleeping server keeps. A sleeping server can allocate the released memory again without a restart.
     #: None: the servers cannot sleep.

@@ -1,4 +1,4 @@
-"""Add the limit of restarts of an engine, and the point at which a training run last crashed.
+"""Add each engine's maximum number of restarts, and the point at which a training run last crashed.
 
 Revision ID: 0009
 """
