@@ -24,7 +24,8 @@ def check_embeds(folder: Path) -> None:
     if any(str(name).endswith(_GENERATES) for name in architectures or ()):
         raise ModelError(
             code="model_invalid",
-            message=f"{folder} has a language model without settings for embeddings, which sentence-transformers needs.",
+            message=f"{folder} has a language model without settings for embeddings. "
+            "The library sentence-transformers needs these settings.",
             hint="To chat with the model, omit `--engine-kind embedding`. For embeddings, use a model trained for them.",
             param="model",
         )

@@ -53,7 +53,8 @@ class Route:
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: whether a stopping engine gets the state `paused` afterwards; requests then wait until the engine is loaded again
+    #: whether the engine gets the state `paused` after the state `stopping`. If so, requests to a stopping engine wait
+    #: until the engine is loaded again.
     is_pausing: bool
     #: `user`, or the id of the engine for which this engine makes room; None: not paused, or paused because it was idle
     paused_by: str | None
@@ -154,7 +155,7 @@ class RoutingTable:
         raise self._not_found(model, kind)
 
     def set_named_routes(self, routes: Iterable[RouteRecord]) -> None:
-        """Replace all routes that users have defined with `routes`."""
+        """Store `routes` as the routes that users have defined. Earlier routes of users are dropped."""
         self._named = {route.name: route for route in routes}
         self._notify()
 

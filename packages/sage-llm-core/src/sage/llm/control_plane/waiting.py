@@ -34,8 +34,8 @@ class Waiting:
         """Request that an engine is paused, and return the engine at once.
 
         An inference engine first answers its open requests. A training run first saves a checkpoint. The engine then
-        frees its memory, and stays paused until a user resumes it. Raises Conflict if the engine is settled, is being
-        stopped or is being validated.
+        frees its memory, and stays paused until a user resumes it. Raises Conflict if the engine is stopped,
+        completed or failed, or if the engine is being stopped or validated.
         """
         for _ in range(ATTEMPTS):
             engine, server = await self._own(engine_id)
@@ -56,7 +56,7 @@ class Waiting:
         return [await self._view(engine, None) for engine in await self._waiting()]
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to `position` in the queue (from 1). The engine's priority can limit the move.
+        """Move a waiting engine to `position` in the queue (1: the front). The engine's priority can limit the move.
 
         Raises Conflict if the engine does not wait.
         """

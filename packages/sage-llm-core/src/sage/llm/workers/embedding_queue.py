@@ -24,7 +24,7 @@ class Request:
     vectors: dict[int, Any] = field(default_factory=dict)  #: by position of the input
 
     def add(self, position: int, vector: Any) -> None:
-        """Store the vector of an input. With the last vector, deliver all vectors to the job."""
+        """Store the vector of an input. When the vectors of all inputs are stored, deliver them to the job."""
         self.vectors[position] = vector
         if len(self.vectors) == self.inputs:
             self.job.put([self.vectors[at] for at in range(self.inputs)])

@@ -31,7 +31,7 @@ class Runner(Protocol):
         """Return an empty cache for one answer."""
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Compute the tokens of the parts, and return the logits of each part, with the shape (tokens, vocab_size).
+        """Run a forward pass with the tokens of the parts. Return each part's logits, with the shape (tokens, vocab_size).
 
         The logits of a part have one row if only the last token's logits are needed.
 
@@ -55,7 +55,7 @@ def runner_for(model: Any) -> Runner:
 
 
 def _packed_problem(model: Any) -> str | None:
-    """Switch the model to packed attention. Return why packed passes do not work, or None if the logits are right."""
+    """Return why packed passes do not work. If they work, switch the model to packed attention and return None."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in _SHARED_ROPE:

@@ -122,7 +122,7 @@ class AnswerReader:
         self._spaces = ""  #: whitespace that is returned only if more text of the same kind follows
         self._is_trimming, self._is_end, self._has_content, self._has_called = is_reasoning, False, False, False
         self._parts: list[Part] = []
-        #: Processes the next part of the buffered text, and returns whether another part can be processed.
+        #: A method that processes the next part of the buffered text, and returns whether another part can be processed.
         self._step = self._reasoning if is_reasoning else self._beginning if answer_format.think_open else self._content
 
     def push(self, text: str) -> Part:
@@ -194,7 +194,7 @@ class AnswerReader:
         return True
 
     def _until(self, marker: str) -> tuple[str, bool]:
-        """Remove the buffered text before a marker, and the marker. Return this text, and whether the marker was found.
+        """Remove a marker and the text before the marker from the buffer. Return this text and whether the marker was found.
 
         If the marker is not found, text that can be the beginning of the marker stays in the buffer.
         """

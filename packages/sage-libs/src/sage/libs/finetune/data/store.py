@@ -1,7 +1,7 @@
 """Tokenized datasets on disk. Samples are read one by one, so the tokens of all samples are never in memory together.
 
 tokens.bin   concatenated token ids of all sequences, as 32-bit integers; a token t that the loss ignores is stored as -1 - t
-bounds.bin   index of the first token of each sequence, followed by the total number of tokens, as 64-bit integers
+bounds.bin   64-bit integers: the index of the first token of each sequence; the last integer is the total number of tokens
 facts.json   the fields of TokenizationStats
 """
 
@@ -174,7 +174,7 @@ def _publish(aside: Path, folder: Path) -> StoredSamples:
 
 
 def _valid_samples(report: DatasetReport, on_progress: OnProgress) -> Iterator[Sample]:
-    """Yield the samples before the first fault. Raises DatasetError after the last sample if there were faults."""
+    """Yield the samples before the first fault. If there were faults, raise DatasetError after reading the whole dataset."""
     for sample in read_samples(report):
         if report.sample_count % _PROGRESS_SAMPLES == 0:
             on_progress(f"tokenizing {report.path}: {report.sample_count:,} samples")

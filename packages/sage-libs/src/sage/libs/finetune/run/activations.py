@@ -18,7 +18,7 @@ class Activations:
     """Numbers of values that a training step has in memory for each token. The size of a value depends on the data type."""
 
     saved: float  #: saved by one layer for the backward pass
-    inner: float  #: saved outputs of the LoRA matrices A of one layer. Their data type is that of all matrix products.
+    inner: float  #: saved outputs of the LoRA matrices A of one layer, in the data type of the matrix products
     layer_input: float  #: the input of one layer; gradient checkpointing saves nothing else
     backward: float  #: temporary tensors in the backward pass of the largest part of a layer
     weights_heads: int  #: number of heads whose attention weights are saved for a short sample
@@ -61,7 +61,8 @@ def plain_activations(sizes: Architecture, rank: int, *, autocast: bool) -> Acti
     Each layer saves the inputs and outputs of both norms, the queries, keys, values and output of the attention, the outputs
     of `gate_proj`, `up_proj` and the activation function, and the input of `down_proj`.
 
-    autocast: whether matrix products are in bf16. If so, norms save fp32 values, and matrix products save bf16 copies.
+    autocast: whether matrix products are in bf16. If so, each matrix product saves a bf16 copy of its input, and the norms
+    save fp32 values. An fp32 value counts as two values.
     """
     hidden, query, key, inner = sizes.hidden_size, sizes.query_size, sizes.key_value_size, sizes.intermediate_size
     return Activations(

@@ -16,7 +16,7 @@ _COPIES = 3
 def check_start(config: FinetuneConfig, trained_bytes: int, runs: Path) -> None:
     """Raise Conflict if the checkpoints and the result of a new run do not fit on the disk.
 
-    trained_bytes: size of the trained parameters.  runs: folder of the run directories, which need not exist yet.
+    trained_bytes: size of the trained parameters.  runs: folder of the run directories. This folder need not exist yet.
     """
     # The oldest checkpoint is removed after the newest checkpoint is complete, so one more checkpoint must fit.
     count = config.keep_checkpoints + 1 + config.keep_best

@@ -102,7 +102,7 @@ class TrainingRun:
         return needed_bytes, plan.is_scarce(self.data.largest_batch)
 
     def _reduce(self, reduction: Reduction) -> None:
-        """Apply a memory reduction before the first step. A larger reduction that the run already has stays."""
+        """Apply a memory reduction before the first step. This method never undoes an earlier reduction of the run."""
         status = read_status(self.run)
         halvings = max(reduction.halvings, status.halvings)
         checkpointing = reduction.checkpointing or status.activation_checkpointing
@@ -125,7 +125,7 @@ class TrainingRun:
         try:
             self._lead()
         except Exception:
-            self.team.check()  # exit if another process has failed, because that failure is possibly the cause
+            self.team.check()  # exit if another process has failed: that failure is possibly the cause of this exception
             raise
         finally:
             self.team.close()
@@ -169,8 +169,8 @@ class TrainingRun:
 
     def _train(self, checkpoint: str | None) -> int:
         trainer = self._trainer()
-        if not torch.cuda.is_available() and self.team.size == 1:  # CUDA reserves more address space than this limit allows
-            refuse_beyond_limit()
+        if not torch.cuda.is_available() and self.team.size == 1:
+            refuse_beyond_limit()  # not with CUDA, which reserves more address space than the limit would allow
         trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -37,7 +37,7 @@ class VllmOptions(ServingOptions):
         "auto", description="Data type of the weights; auto: fp32 on a CPU, vLLM's choice on a GPU."
     )
     context_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+        None, ge=16, description="Maximum number of tokens of a prompt plus its answer; default: the model's limit."
     )
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
     kv_cache_gb: int = Field(1, ge=1, description="Size of the key/value cache, in GiB.")

@@ -54,7 +54,7 @@ class LeaseStore:
         holder, me, url: token, process and gateway URL of this control plane. The lease can be taken if it is free
         or expired, or if the holder was a process of this host and has exited.
         """
-        with self._read() as connection:  # does not write, because a control plane on standby calls this method every second
+        with self._read() as connection:  # reads only, because a control plane on standby calls this method every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))
             row = connection.execute(query.where(leases.c.node == node)).one()
         has_exited = row.host == host and not ProcessIdentity(row.pid, row.pid_started).is_alive()

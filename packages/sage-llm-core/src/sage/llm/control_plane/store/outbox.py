@@ -41,7 +41,10 @@ class OutboxStore(LeaseStore):
     endpoints: Collection[str] = ()  #: the endpoints of new messages
 
     def messages(self, node: str, endpoint: str, *, limit: int) -> list[WebhookMessage]:
-        """Return messages for an endpoint, sorted by the number of attempts, then by age."""
+        """Return messages for an endpoint, sorted by the number of attempts.
+
+        Messages with the same number of attempts are sorted from the oldest to the newest.
+        """
         table = webhook_messages.c
         query = select(webhook_messages).where(table.node == node, table.endpoint == endpoint)
         with self._read() as connection:
