@@ -103,7 +103,7 @@ class Transition:
     engine: EngineRecord
     state: EngineState
     reason: Reason | None = None
-    restarts: int | None = None  #: new count of restarts of a failed engine that is queued again; None: not queued again
+    restarts: int | None = None  #: new restart count of an engine that is queued again; None: the engine is not queued again
     must_remain: bool = False  #: whether to raise StaleWrite if no other engine would remain on the server
     values: Mapping[str, Any] = field(default_factory=dict)
 

@@ -57,7 +57,7 @@ def new_engine(
     serve: ServedRun | None = None,
     on_busy: OnBusy = OnBusy.WAIT,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`.  restart_policy, on_busy: defaults for the request."""
+    """Return the record of a new engine in state `validating`.  restart_policy, on_busy: used if the request has none."""
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,

@@ -153,7 +153,7 @@ def _of_process(engine: EngineRecord, server: ServerRecord, snapshot: Snapshot, 
     is_last = hosts.is_last(engine)
     kill = SendSignal(engine, server, Signal.KILL, closes=is_last)
     is_killed = engine.force and engine.desired is DesiredState.STOPPED
-    if observed is None:  # killing does no harm if the process has already exited
+    if observed is None:  # the process is possibly alive; a signal to an exited process does no harm
         return _stop(engine, kill if is_last else leave(engine)) if is_killed else None
     if observed.orphaned:
         return kill

@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 _MAX_ACTIONS = 16
 #: Maximum seconds to wait for running actions when the control plane closes.
 _CLOSE_SECONDS = 10.0
-#: If an action fails `_MAX_FAILURES` times, a queued or starting engine fails. A running engine that cannot load its newer
-#: adapter keeps the previous adapter. The time until the next attempt doubles after each failure.
+#: A queued or starting engine fails after `_MAX_FAILURES` failures of an action. A running engine that cannot load its
+#: newer adapter keeps the previous adapter. The time until the next attempt doubles after each failure.
 _MAX_FAILURES, _BACKOFF_SECONDS = 5, 0.1
 #: Values of an engine's columns after the engine has left the queue.
 _PLACED = {"queue_rank": None, "paused_by": None}

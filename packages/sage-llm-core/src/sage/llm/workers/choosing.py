@@ -39,7 +39,7 @@ class Chooser:
 
     @property
     def takes_the_best(self) -> bool:
-        """Whether the token with the largest unadjusted logit is chosen."""
+        """Whether the token with the largest unadjusted logit is always chosen."""
         return self._is_greedy and not self.adjustments
 
     def choose(self, answer: list[int], logits: Tensor) -> int:

@@ -5,8 +5,8 @@ from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
-#: Text that ends in an incomplete character is delayed for at most this number of tokens. After that, the text is returned
-#: with replacement characters.
+#: An incomplete character at the end of a text is delayed for at most this number of tokens. After that, replacement
+#: characters are returned for the incomplete character.
 _MAX_PENDING_TOKENS = 256
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 

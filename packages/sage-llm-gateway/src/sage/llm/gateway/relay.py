@@ -46,7 +46,7 @@ class EventLines:
         return self._renamed(self._rest)
 
     def _renamed(self, lines: bytes) -> bytes:
-        if lines.count(b'"model"') < 2:  # at most one answer
+        if lines.count(b'"model"') < 2:  # the lines contain at most one answer
             return answer_with_model(lines, self._model)
         return b"\n".join([line and answer_with_model(line, self._model) for line in lines.split(b"\n")])
 

@@ -1,4 +1,7 @@
-"""One request of a client and its answer. The ASGI functions `receive` and `send` make fewer calls than those of uvicorn."""
+"""One request of a client, and the answer.
+
+The ASGI functions `receive` and `send` make fewer function calls than uvicorn's `receive` and `send`.
+"""
 
 import asyncio
 import logging

@@ -18,7 +18,8 @@ from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import frozen_rms_norm, rms_norm
 
 #: Maximum accepted ratio: standard deviation of the difference in logits / standard deviation of the logits. For random
-#: tokens, the logits of transformers in bf16 and in fp32 have a ratio of 0.08. Unrelated logits have a ratio above 1.
+#: tokens, the ratio is 0.08 if transformers' logits in bf16 and in fp32 are compared. For unrelated logits, the ratio is
+#: above 1.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25}
 _PROBE_LENGTHS = (7, 12)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -38,7 +39,8 @@ AttentionInterface.register(attention.NAME, attention.attention_interface)
 class Kernels:
     """The kernels installed in a model.
 
-    With the kernels, the model accepts packed samples. The field `logits` of its output contains the last hidden states.
+    With the kernels, the model accepts packed samples. The field `logits` of the model's output contains the last hidden
+    states.
     """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:

@@ -41,7 +41,7 @@ def fork_spec(parent: RunDirectory, task_id: str, checkpoint: Checkpoint, option
     if fixed := sorted(set(options) - set(_CHANGEABLE)):
         raise _refused(
             f"A fork cannot change {', '.join(fixed)}.",
-            f"It can change {', '.join(_CHANGEABLE)}. For other options, start a new run.", fixed[0],
+            f"A fork can change {', '.join(_CHANGEABLE)}. For other options, start a new run.", fixed[0],
         )  # fmt: skip
     if spec.config.streaming and "max_steps" in options:
         raise _refused("A fork cannot change max_steps of a run with streaming.", "Omit max_steps.", "max_steps")
@@ -66,7 +66,7 @@ def checkpoint_to_fork(parent: RunDirectory, step: int | None) -> Checkpoint:
     raise NotFound(
         code="checkpoint_not_found",
         message=f"{parent.path.name} has no checkpoint{'' if step is None else f' of step {step}'}.",
-        hint=f"It has checkpoints of the steps {kept}." if kept else "Wait until the run has saved a checkpoint.",
+        hint=f"The run has checkpoints of the steps {kept}." if kept else "Wait until the run has saved a checkpoint.",
         param="step",
     )
 

@@ -106,7 +106,7 @@ def write_gguf(
 def write_openvino(
     name: str, folder: Path, quantize: str, open_vino: OpenVino, *, with_tokenizer: bool = False, report: Report = silent
 ) -> None:
-    """Write a model in OpenVINO's format and the model's configuration, tokenizer and chat template into a folder.
+    """Write a model in OpenVINO's format into a folder. Also copy the model's configuration, tokenizer and chat template.
 
     quantize: a key of OPENVINO_PRECISIONS.  with_tokenizer: also write the tokenizer in OpenVINO's format, and check that
     OpenVINO GenAI tokenizes prompts in the same way as transformers.

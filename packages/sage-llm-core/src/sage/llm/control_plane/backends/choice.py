@@ -6,8 +6,8 @@ from sage.llm.control_plane.backends.base import Backend
 from sage.llm.control_plane.backends.speeds import saved_speeds
 
 #: Generation speed of each backend relative to transformers, by kind of device, if 16 concurrent requests use one adapter.
-#: The values for a CPU are measured (benchmarks/results/serving.md). The values for a GPU are not measured, and only make
-#: vLLM the first choice.
+#: The values for a CPU are measured (benchmarks/results/serving.md). The values for a GPU are not measured. Their only
+#: purpose is to make vLLM the first choice.
 RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {
     "cpu": {"transformers": 1.0, "vllm": 0.54, "llamacpp": 1.4, "openvino": 2.4},
     "cuda": {"vllm": 2.0, "transformers": 1.0},
@@ -24,7 +24,8 @@ def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this 
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
     If some candidates can load adapters into a running server, only these candidates are compared.
-    purpose: text at the end of the reason if there is only one candidate, such as "that can quantize the model to int8".
+    purpose: if there is only one candidate, the text at the end of the reason, for example
+    "that can quantize the model to int8".
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:

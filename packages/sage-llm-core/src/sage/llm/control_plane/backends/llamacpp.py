@@ -111,7 +111,7 @@ class LlamaCppBackend(WorkerBackend):
             weights_bytes = int(sizes.parameters * PRECISIONS[options.precision or "f32"])
         context = min(sizes.max_position_embeddings, options.context_tokens or CONTEXT_TOKENS)
         tokens = options.kv_cache_tokens or max(context, options.slots * SLOT_TOKENS)
-        is_exact = not is_original and options.precision in (None, "f32")  # then keys and values are in fp32
+        is_exact = not is_original and options.precision in (None, "f32")  # whether keys and values are in fp32
         logits_bytes = _BATCH_TOKENS * sizes.vocab_size * 4
         breakdown = ServingEstimate(
             _FRAMEWORK_BYTES + logits_bytes, weights_bytes, 0, tokens * token_bytes(sizes, 4 if is_exact else 2)

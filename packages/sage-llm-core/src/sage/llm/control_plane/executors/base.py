@@ -43,7 +43,7 @@ class Observed:
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
-    crash: str | None = None  #: step at which a training run exited without reporting an error; None: no such exit
+    crash: str | None = None  #: where a run exited without reporting an error, such as `step 12`; None: no such exit
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None

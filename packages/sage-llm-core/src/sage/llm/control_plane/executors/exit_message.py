@@ -9,7 +9,7 @@ from sage.common.processes import describe_exit
 #: Number of bytes to read at the end of a log; the error is expected in the last line.
 _TAIL_BYTES = 4096
 _SHOWN_LINES, _SHOWN_CHARACTERS = 5, 300
-#: Matches a line that does not explain an exit: a progress bar, a warning, or a log line below ERROR.
+#: Matches a line that does not explain an exit: a progress bar, a warning, or a log line of a level below ERROR.
 _NO_ERROR = re.compile(r"\d%(\||$)|\d(it/s|s/it)\b|\b(INFO|DEBUG|WARNING|UserWarning|FutureWarning)\b")
 
 

@@ -1,4 +1,4 @@
-"""The local launcher starts detached processes on this machine. The processes listen on the loopback interface.
+"""The local launcher starts detached processes on this machine. A process that has a port listens on the loopback interface.
 
 The handle of a process is the path of the lock file that the process keeps locked. The file `port` in the same folder
 contains the port of the process.
