@@ -160,7 +160,7 @@ class FinetuneConfig(BaseModel):
     @model_validator(mode="after")
     def _lora_options_need_lora(self) -> "FinetuneConfig":
         if self.finetuning_type == "full" and (given := self._given(_OF_LORA)):
-            raise ValueError(f"finetuning_type full trains all weights without an adapter; omit {', '.join(given)}")
+            raise ValueError(f"finetuning_type 'full' trains all weights without an adapter; omit {', '.join(given)}")
         return self
 
     @model_validator(mode="after")

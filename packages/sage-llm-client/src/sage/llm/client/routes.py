@@ -71,7 +71,8 @@ def check_route_name(name: str) -> str:
     """Return `name`. Raises ValueError if a route may not have this name."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
         raise ValueError(
-            "must be at most 200 letters, digits and ./@:+-_, and each part between `/` must begin with a letter, digit or _"
+            "must consist of at most 200 letters, digits and the characters `./@:+-_`; "
+            "the first character, and each character after a `/`, must be a letter, a digit or `_`"
         )
     if _ENGINE_ID.fullmatch(name):
         raise ValueError("must not be an engine's id")

@@ -278,7 +278,7 @@ class EstimateView(BaseModel):
     kind: EngineKind
     backend: str = Field(description="The program that would run the engine.")
     parts: dict[str, int] = Field(description="Bytes of each part of the memory.")
-    total_bytes: int = Field(description="Sum of the parts: the peak memory of the engine.")
+    total_bytes: int = Field(description="Peak memory of the engine. This is the sum of the values in `parts`.")
     least_bytes: int = Field(description="The smallest memory with which the engine can work.")
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")

@@ -104,8 +104,8 @@ class EngineConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Call `forget`, and end the request in progress.
 
-        If the answer has no length and the connection ended without an error, the answer is complete. Every other incomplete
-        answer fails.
+        An answer without a length is complete if the connection ended without an error. A request with an incomplete answer
+        fails.
         """
         self._forget(self)
         if self._ends_at_eof and exc is None:

@@ -99,7 +99,7 @@ def factor_of(arguments: TrainingArguments, max_steps: int) -> Any:
 def reschedule(scheduler: LambdaLR, factor: Any, learning_rate: float) -> None:
     """Replace the schedule and the peak learning rate. If the parameter groups have different rates, keep their ratios."""
     groups, bases = scheduler.optimizer.param_groups, scheduler.base_lrs
-    if bases[0] != learning_rate:  # otherwise, rounding could change the rates of the other groups
+    if bases[0] != learning_rate:  # an equal rate must not change the other rates by rounding
         scheduler.base_lrs = [learning_rate * (base / bases[0]) for base in bases]
     scheduler.lr_lambdas = [factor] * len(groups)
     for group, base in zip(groups, scheduler.base_lrs, strict=True):

@@ -72,7 +72,7 @@ class MemoryPlan:
         return self
 
     def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
-        """Return this plan, with `needs` for the precision and the kernels that the loaded model supports."""
+        """Return the plan for a loaded model with this precision; has_kernels: whether the model supports the kernels."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:
