@@ -1,4 +1,7 @@
+"""Run directories: events, checkpoints, claims of output folders, and figures."""
+
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -8,10 +11,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from sage.common.errors import ConfigError, NotFound, OutputError, RunError
+from sage.common.shortages import is_shortage
 from sage.common.training import (
     FIGURES,
     AnyRunEvent,
@@ -432,6 +437,15 @@ def test_other_files_and_the_result_of_another_run_are_not_overwritten(tmp_path:
         claim_output(tmp_path / "file", "task-b", tmp_path)
     with pytest.raises(OutputError, match="cannot be written"):
         claim_output(Path("/proc/out"), "task-b", tmp_path)
+
+
+def test_without_file_descriptors_no_other_folder_is_recommended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(OutputError, match="cannot be written: Too many open files") as caught:
+        claim_output(tmp_path / "out", "task-a", tmp_path / "run")
+    assert caught.value.code == "output_unavailable"
+    assert "ulimit -n" in caught.value.hint
+    assert is_shortage(caught.value)
 
 
 def test_the_eta_is_unknown_for_ten_steps_and_then_follows_the_speed() -> None:

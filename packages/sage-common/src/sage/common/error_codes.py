@@ -26,7 +26,7 @@ _CODES: Mapping[type[SageError], str] = {
     errors.NotFound: """
         checkpoint_not_found engine_not_found task_not_found model_not_found route_not_found
         service_not_installed""",
-    errors.OutputError: "output_unusable",
+    errors.OutputError: "output_unavailable output_unusable",
     errors.Conflict: """
         already_running backend_in_use backup_exists busy dataset_changed disk_too_small gateway_running home_in_use
         home_not_empty model_exists no_port not_pausable not_resumable not_started not_queued not_training run_completed

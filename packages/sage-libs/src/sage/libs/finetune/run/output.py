@@ -37,7 +37,11 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
     except FileExistsError as error:
         raise _refused(output, "is a file") from error
     except OSError as error:
-        raise _refused(output, f"cannot be written: {error.strerror}") from error
+        refused = _refused(output, f"cannot be written: {error.strerror}")
+        if is_shortage(error):
+            hint = "Try again, or raise the limit of open files (`ulimit -n`)."
+            raise OutputError(code="output_unavailable", message=refused.message, hint=hint) from error
+        raise refused from error
 
 
 def check_claim(output: Path, task_id: str) -> None:
