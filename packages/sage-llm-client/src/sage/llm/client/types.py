@@ -152,7 +152,7 @@ class EngineView(BaseModel):
     devices: list[str] | None = Field(None, description="Devices of the engine's server; null if the engine has no server.")
     reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
     restarts: int = Field(
-        0, description="Number of restarts since a user started or resumed the engine, or since it last ran for 10 minutes."
+        0, description="Number of automatic restarts. A start by a user and 10 minutes without a crash reset it to 0."
     )
     max_restarts: int = Field(5, description="Maximum number of automatic restarts in a row.")
     reason: Reason | None = None

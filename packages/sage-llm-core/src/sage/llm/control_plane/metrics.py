@@ -106,7 +106,7 @@ def _engine_metrics(measured: Measured) -> Iterator[Metric]:
     gpus = GaugeMetricFamily("sage_engine_gpus", "Number of GPUs that an engine uses.", labels=_LABELS)
     restarts = CounterMetricFamily(
         "sage_engine_restarts",
-        "Automatic restarts since a user started or resumed the engine, or since it last ran for 10 minutes.",
+        "Number of automatic restarts. A start by a user and 10 minutes without a crash reset it to 0.",
         labels=_LABELS,
     )
     cpu = CounterMetricFamily("sage_engine_cpu_seconds", "CPU time of the processes of an engine.", labels=_LABELS)
@@ -174,8 +174,8 @@ def device_metrics(devices: Iterable[Device]) -> Iterator[Metric]:
 
 
 def _disk_metrics(folders: Mapping[str, Path]) -> Iterator[Metric]:
-    free = GaugeMetricFamily("sage_disk_free_bytes", "Free space on the disk of a folder.", labels=("folder",))
-    size = GaugeMetricFamily("sage_disk_size_bytes", "Size of the disk of a folder.", labels=("folder",))
+    free = GaugeMetricFamily("sage_disk_free_bytes", "Free space on the disk that contains a folder.", labels=("folder",))
+    size = GaugeMetricFamily("sage_disk_size_bytes", "Size of the disk that contains a folder.", labels=("folder",))
     for label, folder in folders.items():
         usage = shutil.disk_usage(nearest_existing(folder))
         free.add_metric([label], usage.free)

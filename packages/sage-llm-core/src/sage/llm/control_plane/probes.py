@@ -61,10 +61,7 @@ class Prober:
         on_change: Callable[[], None],
         timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> None:
-        """on_change: called after an engine's first observation, and after each observation with a different `_outline`.
-
-        The `_outline` of an observation is compared with the `_outline` of the engine's previous observation.
-        """
+        """on_change: called after the first observation of an engine, and whenever the condition of an engine changes."""
         self._executors, self._launcher, self._on_change = executors, launcher, on_change
         self._timeout_seconds = timeout_seconds
         self._targets: dict[str, _Target] = {}

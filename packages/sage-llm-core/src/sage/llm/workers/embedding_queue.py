@@ -33,7 +33,7 @@ class Request:
 class Entry(NamedTuple, Generic[T]):
     """A waiting input. The entries of a length class are served in ascending order of `turn`, then of `order`."""
 
-    turn: float  #: simulated time, in tokens, at which the input is complete; see `FairQueue`
+    turn: float  #: the time at which the input is complete in the simulation of `FairQueue`; the unit is tokens
     order: int  #: sequence number of the input; decides between inputs with the same `turn`
     tokens: int
     request: Request

@@ -30,7 +30,7 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="Wait until the engine has ended (--wait) or is validated (--no-wait); default: until it serves or trains.",
+        help="--wait returns when the engine has ended, --no-wait when it is validated. Default: when it serves or trains.",
     ),
 ]
 Options = Annotated[

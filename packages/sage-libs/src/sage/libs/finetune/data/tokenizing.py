@@ -4,9 +4,8 @@ If the chat template marks answers (`{% generation %}`) and no answer is exclude
 rendered chat is an answer. Otherwise, an answer is the text that follows its prompt in the rendered chat.
 
 If the prompt of an answer begins with the previous prompt and answer, the answer is added to the previous answer's sequence.
-Otherwise, the answer begins a new sequence, for example because the template removes reasoning from earlier answers. If a
-token would contain both the end of a prompt and the beginning of an answer, the sequence is split into one sequence for each
-answer.
+Otherwise, the answer begins a new sequence, for example because the template removes reasoning from earlier answers. If
+the tokenizer joins the end of a prompt and the beginning of its answer in one token, each answer gets a sequence of its own.
 """
 
 import itertools

@@ -84,10 +84,7 @@ def configured_options(config: FinetuneConfig) -> TrainingOptions:
 
 
 def options_at(configured: TrainingOptions, changes: Sequence[ChangedEvent], step: int) -> TrainingOptions:
-    """Return the options that apply at a step.
-
-    A newer request overrides an older request, even if the older request takes effect at a later step.
-    """
+    """Return the options that apply at a step. If several changes set the same option, the newest change applies."""
     for change in changes:
         if change.step <= step:
             configured = changed(configured, change.new)

@@ -86,7 +86,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return the bits per weight after bitsandbytes has quantized the base model (None: not quantized), and the reason.
+    """Return the bits per weight of the base model if bitsandbytes quantizes it, else None. Also return the reason as text.
 
     Raises ConfigError if bitsandbytes is required but not installed.
     """

@@ -40,7 +40,7 @@ def upgrade() -> None:
     # Engines without events are not copied.
     engines = [row._asdict() for row in connection.execute(sa.select(_OLD_ENGINES)) if row.id in first]
     node = connection.scalar(sa.text("SELECT node FROM owner"))
-    if node is None and engines:  # no control plane of revision 0002 has stored the node id yet
+    if node is None and engines:  # no control plane has stored the node id yet
         node = open_state_folder()
     for table in ("engine_events", "engines", "leases", "owner"):
         op.drop_table(table)
