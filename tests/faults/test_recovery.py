@@ -242,7 +242,7 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_full_disk_of_the_home_is_reported_and_no_data_is_lost(tiny_model: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_no_data_is_lost(tiny_model: Path, tmp_path: Path, small_disk: Path) -> None:
     options = {"max_steps": 600, "save_steps": 50, "batch_size": 4, "learning_rate": 1e-2}
     sage("gateway", "start")
     serving = client().start_engine(model=str(tiny_model))
@@ -258,7 +258,7 @@ def test_a_full_disk_of_the_home_is_reported_and_no_data_is_lost(tiny_model: Pat
         ask = {"model": serving.id, "prompt": "Hi", "max_tokens": 1}
         assert httpx.post(f"{client().base_url}/v1/completions", json=ask, timeout=60).status_code == 200
     kill_gateway(small_disk)
-    start = sage("gateway", "start", check=None)  # the start may fail, because too few bytes are free
+    start = sage("gateway", "start", check=None)  # few bytes are free, so the start may fail
     assert start.returncode == 0 or "No space left on device" in start.stderr
     assert "Traceback" not in start.stderr
 

@@ -140,10 +140,7 @@ def test_adapters_that_start_together_share_a_new_server_until_the_server_is_ful
         options = {"start_seconds": 0.3, "max_adapters": 2}
         engines = [await start(manager, folder, options=options) for folder in adapters]
         views = [await until(manager, engine.id, S.RUNNING) for engine in engines]
-        assert sorted(Counter(view.pid for view in views).values()) == [
-            1,
-            2,
-        ]  # any two of the three adapters may share a server
+        assert sorted(Counter(view.pid for view in views).values()) == [1, 2]  # any two adapters may share a server
         for folder, view in zip(adapters, views, strict=True):
             assert await answered(manager, view.id) == str(folder)
 
