@@ -102,7 +102,7 @@ def test_the_control_plane_reports_a_full_disk_and_continues_when_space_is_free(
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(b"0" * 4096)
-    # The gateway cannot renew its lease either, so the request is sent from this process, before the lease expires.
+    # On a full disk, the gateway cannot renew its lease. This process sends the request before the lease expires.
     with pytest.raises(SageError, match="disk is full"):
         daemon.find_client().start_engine(model=str(tiny_model), engine_kind="llm")
     subprocess.run(["mount", "-o", f"remount,{ROOMY}", str(tight_disk)], check=True)

@@ -18,7 +18,7 @@ def ended(days_ago: float, **values: Any) -> EngineView:
 
 
 class Client:
-    """Records the ids of the engines that are removed; `errors` are raised for some ids."""
+    """Records the ids of removed engines. `errors` contains, for some ids, the error that a removal raises."""
 
     def __init__(self, *engines: EngineView, errors: dict[str, SageError] | None = None) -> None:
         self.engines, self.errors, self.removed = engines, errors or {}, list[str]()
