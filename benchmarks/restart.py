@@ -1,8 +1,8 @@
 """Measure a restart of the gateway while 16 clients ask a served model: with SIGTERM, and with SIGKILL.
 
-Each time is counted from the signal: until the old gateway has exited, until the new gateway is ready, and until a client
-that retries gets an answer of one token. The model's server keeps running, and the new gateway adopts it. The medians are
-printed.
+Three times are measured, each from the signal: until the old gateway has exited, until the new gateway is ready, and until
+a retrying client gets an answer of one token. The model's server keeps running, and the new gateway adopts the server.
+The medians are printed.
 """
 
 import argparse

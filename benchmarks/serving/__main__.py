@@ -39,7 +39,8 @@ def main() -> None:
         base = local_folder(resolve_model(MODEL))
         adapters = [home / "adapters" / f"adapter-{number:02}" for number in range(arguments.adapters)]
         making = [sys.executable, "-m", "serving.models", str(base), str(home / "adapters"), str(len(adapters))]
-        subprocess.run(making, check=True, cwd=Path(__file__).parents[1])  # in a separate process, because it imports torch
+        # A separate process is used, because the script imports torch.
+        subprocess.run(making, check=True, cwd=Path(__file__).parents[1])
         results = []
         with gateway(home) as client:
             known = {backend.name: backend for backend in client.backends()}

@@ -1,4 +1,4 @@
-"""The real 135M model with adapters: greedy answers are those of transformers and PEFT."""
+"""Compare greedy answers of the real 135M model and its adapters with the answers of transformers and PEFT."""
 
 from pathlib import Path
 from typing import Any

@@ -43,7 +43,7 @@ def test_a_run_is_followed_and_stopped_in_the_browser(browser: WebDriver, tmp_pa
     port = free_port()
     env = {
         name: value for name, value in os.environ.items() if not name.startswith("PYTEST")
-    }  # else NiceGUI runs in its test mode
+    }  # with these variables, NiceGUI would run in its test mode
     studio = subprocess.Popen([*SAGE, "studio", "--port", str(port)], env=env)
     try:
         wait_for(lambda: _answers(port), "the dashboard")

@@ -22,7 +22,7 @@ TIGHT, ROOMY = "size=700k", "size=64m"
 
 @pytest.fixture
 def tight_disk(sage_home: Path) -> Iterator[Path]:
-    """A file system of its own for the run directories, too small for a run."""
+    """Mount a file system at the folder of the run directories. The file system is too small for a run."""
     mount_point = sage_home / "data/models/finetuned"
     mount_point.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", TIGHT, "tmpfs", str(mount_point)], check=False).returncode == 0
@@ -32,7 +32,9 @@ def tight_disk(sage_home: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
-def test_a_full_disk_at_a_checkpoint_loses_nothing(tiny_model: Path, tmp_path: Path, tight_disk: Path) -> None:
+def test_a_run_that_fails_on_a_full_disk_can_be_resumed_and_has_the_same_result(
+    tiny_model: Path, tmp_path: Path, tight_disk: Path
+) -> None:
     options = {"save_steps": 1, "keep_checkpoints": 50, "max_steps": 20}
     run = TinyRun(tiny_model, tmp_path / "out", **options).start()
     status = run.until_ended()
@@ -51,7 +53,7 @@ def test_a_full_disk_at_a_checkpoint_loses_nothing(tiny_model: Path, tmp_path: P
 
 
 @pytest.mark.long
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tiny_model: Path, tmp_path: Path) -> None:
     options = {"save_steps": 4, "max_steps": 40, "keep_checkpoints": 2}
     run = TinyRun(tiny_model, tmp_path / "out", **options).start()
     wait_for(lambda: (run.status.checkpoint_step or 0) >= 8, "two checkpoints")
@@ -69,8 +71,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_model: Path, tm
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)  # nine processes import torch
-def test_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)  # several processes import torch
+def test_interruptions_at_random_steps_do_not_change_the_result(tiny_model: Path, tmp_path: Path) -> None:
     options = {"save_steps": 4, "max_steps": 200, "pack_tokens": 256, "gradient_accumulation_steps": 2, "lora_dropout": 0.1}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     chance = random.Random(4)
@@ -81,7 +83,7 @@ def test_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path
         process.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
         run.until_ended()
         with (run.path / "events.jsonl").open("ab") as events:
-            events.write(b'{"event": "st')  # what a kill in the middle of a write leaves
+            events.write(b'{"event": "st')  # an incomplete line, as after a kill during a write
         run.manager.resume(run.task_id)
     run.completed()
     assert len(run.events("started")) >= 4  # an interruption may come before the first step
@@ -89,7 +91,7 @@ def test_interruptions_at_random_steps_change_nothing(tiny_model: Path, tmp_path
     assert run.adapter_bytes() == whole.adapter_bytes()
 
 
-def test_a_full_disk_under_the_control_plane_is_told_and_passes(
+def test_the_control_plane_reports_a_full_disk_and_continues_when_space_is_free(
     tiny_model: Path, tmp_path: Path, tight_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAGE_HOME", str(tight_disk / "home"))
@@ -100,7 +102,7 @@ def test_a_full_disk_under_the_control_plane_is_told_and_passes(
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(b"0" * 4096)
-    # The gateway cannot renew its lease either, so the request is sent from this process, before the lease expires.
+    # On a full disk, the gateway cannot renew its lease. This process sends the request before the lease expires.
     with pytest.raises(SageError, match="disk is full"):
         daemon.find_client().start_engine(model=str(tiny_model), engine_kind="llm")
     subprocess.run(["mount", "-o", f"remount,{ROOMY}", str(tight_disk)], check=True)
@@ -110,13 +112,13 @@ def test_a_full_disk_under_the_control_plane_is_told_and_passes(
     sage("gateway", "stop")
 
 
-def test_a_disk_that_fills_up_during_a_backup_leaves_no_file(
+def test_a_backup_that_fills_the_disk_leaves_no_file(
     tight_disk: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = get_user_paths().state_dir
     state.mkdir(parents=True)
     (state / "noise.log").write_bytes(random.Random(1).randbytes(2_000_000))
-    monkeypatch.setattr(saving, "check_space", lambda *_: None)  # the space was free when the backup began
+    monkeypatch.setattr(saving, "check_space", lambda *_: None)  # as if enough space was free when the backup began
     with pytest.raises(BackupError, match="is full"):
         saving.save(tight_disk / "sage.tar.gz", saving.Content(), lambda _: lambda _: None)
     assert list(tight_disk.iterdir()) == []

@@ -1,4 +1,7 @@
-"""The whole product after a kill, a full disk, a step of the clock: what it says is what is, and nothing is lost."""
+"""The whole product after a kill, with a full disk, and after a step of the clock.
+
+The gateway must report the true states of its engines, and no data may be lost.
+"""
 
 import contextlib
 import functools
@@ -25,7 +28,7 @@ from sage.llm.client import SageClient
 from sage.llm.client.types import EngineView, TrainingProgress
 
 pytestmark = pytest.mark.timeout(600)
-#: So soon after the gateway is ready, what it says of its engines is what is.
+#: When the gateway is ready, the states that it reports must be correct within this number of seconds.
 RECOVERY_SECONDS = 5.0
 LIVES = ("starting", "running", "stopping")
 
@@ -36,12 +39,12 @@ def client() -> SageClient:
 
 @functools.cache
 def _client(port: str) -> SageClient:
-    """Return the one client of a gateway: each has a connection of its own, and some gateways here take few."""
+    """Return the shared client of a gateway. A client keeps a connection, and some gateways here accept few connections."""
     return SageClient(f"http://127.0.0.1:{port}")
 
 
 def processes(home: Path) -> set[int]:
-    """Return the PIDs of all processes that were started in a home."""
+    """Return the PIDs of all processes whose SAGE_HOME is `home`."""
     found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -80,7 +83,10 @@ def until(engine: EngineView, state: str) -> EngineView:
 
 
 def expect(home: Path, *engines: tuple[EngineView, str]) -> None:
-    """Check that soon after the gateway is ready its engines are in these states, and that all processes are theirs."""
+    """Check that exactly these engines exist, and that they reach these states soon after the gateway is ready.
+
+    Also check that only the gateway and the engines have processes in the home.
+    """
     wait_for(lambda: httpx.get(f"{client().base_url}/ready").status_code == 200, "the gateway")
     deadline = time.monotonic() + RECOVERY_SECONDS
     for engine, state in engines:
@@ -96,7 +102,7 @@ def expect(home: Path, *engines: tuple[EngineView, str]) -> None:
 
 
 @pytest.mark.long
-def test_whatever_is_killed_together_is_told_and_the_run_goes_on_exactly(
+def test_killed_engines_are_reported_and_the_resumed_run_has_the_same_result(
     tiny_model: Path, tmp_path: Path, sage_home: Path
 ) -> None:
     options = {"save_steps": 5, "max_steps": 400, "batch_size": 4}
@@ -142,7 +148,7 @@ def test_whatever_is_killed_together_is_told_and_the_run_goes_on_exactly(
 
 
 @pytest.mark.long
-def test_everything_started_twice_at_once_is_there_once_or_refused(
+def test_one_of_two_concurrent_starts_is_refused_if_they_use_the_same_port_or_output_folder(
     tmp_path: Path, sage_home: Path, tiny_model: Path
 ) -> None:
     start = ("llm", "engine", "start")
@@ -151,14 +157,14 @@ def test_everything_started_twice_at_once_is_there_once_or_refused(
     one_output, other_output = ((*train, str(tmp_path / name), "--no-wait") for name in ("out", "other"))
     one_gguf = (*start, "smollm2-135m-instruct", "--no-wait")
     commands = [one_port, one_port, one_output, one_output, other_output, one_gguf, one_gguf]
-    with ThreadPoolExecutor(len(commands)) as pool:  # each of them also starts the gateway, if it is the first
+    with ThreadPoolExecutor(len(commands)) as pool:  # each command starts the gateway if no gateway runs
         done = list(pool.map(lambda command: sage(*command, check=None), commands))
     for first, second, code in ((done[0], done[1], "Port"), (done[2], done[3], "output folder")):
         assert sorted([first.returncode, second.returncode]) == [0, 1], (first, second)
         assert code in next(one.stderr for one in (first, second) if one.returncode)
     assert [one.returncode for one in done[4:]] == [0, 0, 0], done[4:]
 
-    # A rejected start that got as far as its validation printed its id, and stays in the list as failed.
+    # If a start is rejected during its validation, its id is printed, and the failed engine stays in the list.
     for rejected in {one.stdout.strip() for one in done if one.returncode} - {""}:
         assert client().get_engine(rejected).state == "failed"
         client().remove_engine(rejected)
@@ -179,7 +185,9 @@ def test_everything_started_twice_at_once_is_there_once_or_refused(
 
 @pytest.mark.long
 @pytest.mark.skipif(not SteppedClock.is_available(), reason="there is no C compiler to build a clock that can be set")
-def test_a_step_of_the_clock_under_all_processes_changes_nothing(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+def test_a_step_of_the_clock_does_not_affect_the_gateway_or_its_engines(
+    tiny_model: Path, tmp_path: Path, sage_home: Path
+) -> None:
     clock = SteppedClock(tmp_path)
     sage("gateway", "start", env=clock.environment)
     serving = client().start_engine(model=str(tiny_model))
@@ -211,12 +219,12 @@ def test_a_step_of_the_clock_under_all_processes_changes_nothing(tiny_model: Pat
     client().resume_engine(run.id)
     until(run, "running")
     client().stop_engine(run.id, force=True)
-    expect(sage_home, (serving, "stopped"), (run, "failed"))  # as a run is whose last steps are lost
+    expect(sage_home, (serving, "stopped"), (run, "failed"))  # a forced stop loses the last steps, so the run is failed
 
 
 @pytest.fixture
 def small_disk(sage_home: Path) -> Iterator[Path]:
-    """A file system of its own for the whole home."""
+    """Mount a small file system at the home, and yield the home."""
     sage_home.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(sage_home)], check=False).returncode:
         pytest.skip("mounting a small file system needs root")
@@ -234,9 +242,7 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_home_on_a_full_disk_is_told_and_nothing_is_lost_when_there_is_space_again(
-    tiny_model: Path, tmp_path: Path, small_disk: Path
-) -> None:
+def test_a_full_disk_is_reported_and_no_data_is_lost(tiny_model: Path, tmp_path: Path, small_disk: Path) -> None:
     options = {"max_steps": 600, "save_steps": 50, "batch_size": 4, "learning_rate": 1e-2}
     sage("gateway", "start")
     serving = client().start_engine(model=str(tiny_model))
@@ -245,14 +251,14 @@ def test_a_home_on_a_full_disk_is_told_and_nothing_is_lost_when_there_is_space_a
     wait_for(lambda: (training := client().get_engine(run.id).training) and training.checkpoint_step, "a checkpoint")
     fill(small_disk / "filler")
     wait_for(lambda: client().get_engine(run.id).pid is None, "the end of the run")
-    for _ in range(3):  # it lives, it answers, it refuses with a reason
-        fill(small_disk / "filler")  # what the run had set aside to tell its end with
+    for _ in range(3):  # starts are refused with a reason, and requests are still answered
+        fill(small_disk / "filler")  # fill the space that the run had reserved for its last events
         with pytest.raises(SageError, match=r"No space left on device|full"):
             train(tiny_model, tmp_path / "other")
         ask = {"model": serving.id, "prompt": "Hi", "max_tokens": 1}
         assert httpx.post(f"{client().base_url}/v1/completions", json=ask, timeout=60).status_code == 200
     kill_gateway(small_disk)
-    start = sage("gateway", "start", check=None)  # the bytes that are left decide whether it can
+    start = sage("gateway", "start", check=None)  # few bytes are free, so the start may fail
     assert start.returncode == 0 or "No space left on device" in start.stderr
     assert "Traceback" not in start.stderr
 
@@ -270,10 +276,10 @@ def test_a_home_on_a_full_disk_is_told_and_nothing_is_lost_when_there_is_space_a
 
 
 @pytest.mark.long
-def test_a_suspended_gateway_with_few_descriptors_and_many_clients_finds_everything_as_it_is(
+def test_a_gateway_with_few_descriptors_reports_correct_states_after_a_suspension(
     tiny_model: Path, tmp_path: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("ENGINE_UNRESPONSIVE", "STOP"):  # limits that pass while it is suspended
+    for name in ("ENGINE_UNRESPONSIVE", "STOP"):  # the gateway is suspended for longer than these limits
         monkeypatch.setenv(f"SAGE_{name}_SECONDS", "2")
     sage("gateway", "start", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
     serving, killed = (client().start_engine(model=str(tiny_model)) for _ in range(2))
@@ -286,7 +292,7 @@ def test_a_suspended_gateway_with_few_descriptors_and_many_clients_finds_everyth
         for _ in range(100):
             clients.enter_context(contextlib.closing(socket.create_connection(address)))
         kill(killed.pid)
-        time.sleep(5)  # what is tested is that so long a silence of the gateway's own is nobody else's
+        time.sleep(5)  # the gateway must not count its own suspension as a hang of its engines
         os.kill(gateway, signal.SIGCONT)
     expect(sage_home, (serving, "running"), (killed, "failed"), (run, "running"))
     ask = {"model": serving.id, "prompt": "Hi", "max_tokens": 1}

@@ -1,4 +1,4 @@
-"""Whatever is sent to an engine itself, past the gateway: no server error, no hang, and it goes on answering."""
+"""Send random requests directly to a worker. No request may cause a server error or a hang, or stop the worker."""
 
 import contextlib
 import subprocess
@@ -17,7 +17,7 @@ CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/
 
 @contextlib.contextmanager
 def worker(module: str, model: str) -> Iterator[httpx.Client]:
-    """A worker's process that answers."""
+    """Run a worker process, wait until it answers, and yield a client that sends requests to it."""
     port = free_port()
     argv = [sys.executable, "-m", "sage.llm.workers", module, "--model", model, "--port", str(port)]
     with subprocess.Popen(argv) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
@@ -43,7 +43,7 @@ def asker(client: httpx.Client, path: str, body: dict[str, Any]) -> Callable[[],
 
 
 @pytest.mark.parametrize("cases", CASES)
-def test_the_generation_worker_stands_any_request(tiny_model: Path, cases: int) -> None:
+def test_no_request_breaks_the_generation_worker(tiny_model: Path, cases: int) -> None:
     with worker("generation", str(tiny_model)) as client:
         ask = asker(client, COMPLETIONS, {"prompt": "Hello", "max_tokens": 1})
         for document in inference(client.get("/openapi.json").json(), dict.fromkeys((CHAT, COMPLETIONS), "any")):
@@ -51,7 +51,7 @@ def test_the_generation_worker_stands_any_request(tiny_model: Path, cases: int) 
 
 
 @pytest.mark.parametrize("cases", CASES)
-def test_the_embedding_worker_stands_any_request(cases: int) -> None:
+def test_no_request_breaks_the_embedding_worker(cases: int) -> None:
     with worker("embedding", "all-minilm-l6-v2") as client:
         ask = asker(client, EMBEDDINGS, {"input": "Hello"})
         for document in inference(client.get("/openapi.json").json(), {EMBEDDINGS: "any"}):

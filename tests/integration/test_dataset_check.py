@@ -1,4 +1,4 @@
-"""Looking before training: what `dataset check`, `dataset show` and every run say of samples, as the model sees them."""
+"""What `dataset check`, `dataset show` and training runs report about samples before the first step."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def prepared(run: TinyRun) -> TrainingRun:
 
 
 @pytest.mark.parametrize("options", [{}, {"streaming": True}])
-def test_a_run_that_would_be_silently_wrong_fails_unless_warnings_are_allowed(
+def test_a_run_whose_samples_have_warnings_fails_unless_warnings_are_allowed(
     tiny_model: Path, tmp_path: Path, calls_file: Path, options: dict[str, Any]
 ) -> None:
     options |= {"dataset_path": str(calls_file), "max_steps": 1}
@@ -66,7 +66,7 @@ def test_a_run_that_would_be_silently_wrong_fails_unless_warnings_are_allowed(
     assert [event for event in allowed.events("warning") if "tool calls" in event["message"]]
 
 
-def test_preferences_are_looked_at_too(tiny_model: Path, tmp_path: Path) -> None:
+def test_preference_pairs_are_also_checked(tiny_model: Path, tmp_path: Path) -> None:
     from sage.libs.finetune.training.preference import PreferenceRun
 
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
@@ -79,7 +79,7 @@ def test_preferences_are_looked_at_too(tiny_model: Path, tmp_path: Path) -> None
     assert checked.exit_code == 1
 
 
-def test_a_run_says_what_it_omits_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_warns_about_an_omitted_sample_and_continues(tiny_model: Path, tmp_path: Path) -> None:
     unweighed = chat_record("q", "a")
     unweighed["messages"][1]["weight"] = 0
     half = write_jsonl(tmp_path / "half.jsonl", [chat_record("q", "a"), unweighed])
@@ -89,7 +89,7 @@ def test_a_run_says_what_it_omits_and_goes_on(tiny_model: Path, tmp_path: Path) 
     assert warning.endswith(f"{half}:2.")
 
 
-def test_check_lists_warnings_and_exits_as_a_run_would(tiny_model: Path, calls_file: Path) -> None:
+def test_check_lists_warnings_and_fails_unless_warnings_are_allowed(tiny_model: Path, calls_file: Path) -> None:
     checked = dataset("check", calls_file, "--model", tiny_model)
     assert checked.exit_code == 1
     assert f"warning: 1 sample: the chat template leaves out tool calls: {calls_file}:2." in checked.stdout
@@ -99,7 +99,9 @@ def test_check_lists_warnings_and_exits_as_a_run_would(tiny_model: Path, calls_f
 
 
 @pytest.mark.long
-def test_a_terminal_is_asked_whether_to_train_all_the_same(tiny_model: Path, tmp_path: Path, calls_file: Path) -> None:
+def test_a_user_at_a_terminal_is_asked_whether_to_train_despite_warnings(
+    tiny_model: Path, tmp_path: Path, calls_file: Path
+) -> None:
     ours, theirs = pty.openpty()
     arguments = ["--engine-kind", "finetune", "--dataset", calls_file, "--output", tmp_path / "out", "--max-steps", "1"]
     command = [*SAGE, "llm", "engine", "start", tiny_model, *arguments]
@@ -110,7 +112,7 @@ def test_a_terminal_is_asked_whether_to_train_all_the_same(tiny_model: Path, tmp
             shown += os.read(ours, 4096).decode()
         assert "leaves out tool calls" in shown
         os.write(ours, b"y\n")
-        with contextlib.suppress(OSError):  # the terminal is gone with its last process
+        with contextlib.suppress(OSError):  # reading fails when the last process has closed the terminal
             while os.read(ours, 4096):
                 pass
         assert started.stdout

@@ -1,4 +1,4 @@
-"""Starts of the gateway: with what it cannot use, several at once, as a standby, and with few descriptors."""
+"""Starts of the gateway: with invalid settings, several at once, as a standby, and with few file descriptors."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ def log(sage_home: Path) -> Path:
 
 
 def refused(*arguments: str, exit_code: int = 3) -> str:
-    """Start the gateway, which must fail, and return the reason that the user reads."""
+    """Check that a start of the gateway fails, and return the line with the error."""
     done = sage("gateway", "start", *arguments, check=exit_code)
     assert done.stdout == ""
     assert holder(Path(os.environ["SAGE_HOME"]) / "state/gateway.lock") is None
@@ -50,13 +50,13 @@ def test_an_empty_key_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "everyone" in refused("--host", "0.0.0.0")
 
 
-def test_a_failed_start_reports_its_own_reason_and_not_that_of_an_earlier_one(
+def test_a_failed_start_reports_its_own_reason_and_not_the_reason_of_an_earlier_start(
     sage_home: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with port_in_use():
         assert "Address already in use" in refused()
     database = sage_home / "state/engines.db"
-    assert not database.exists()  # without the port it touched nothing
+    assert not database.exists()  # a gateway that cannot use its port does not create the database
     database.write_bytes(b"garbage" * 1000)
     assert "not a database" in refused()
     database.unlink()
@@ -72,7 +72,7 @@ def test_a_failed_start_reports_its_own_reason_and_not_that_of_an_earlier_one(
     assert "The gateway is running (PID" in sage("gateway", "start").stdout
 
 
-def test_an_unusable_state_folder_is_reported_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_state_folder_is_reported_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SAGE_HOME", str(tmp_path / "file"))
     for arguments in (("gateway", "start"), ("gateway", "stop"), ("llm", "engine", "list")):
@@ -81,7 +81,7 @@ def test_an_unusable_state_folder_is_reported_with_what_to_do(tmp_path: Path, mo
         assert "set SAGE_HOME to another folder" in stderr
 
 
-def test_the_gateway_of_another_home_is_not_used_unless_a_key_says_so(
+def test_the_gateway_of_another_home_is_not_used_unless_an_api_key_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sage("gateway", "start")
@@ -98,7 +98,7 @@ def test_the_gateway_of_another_home_is_not_used_unless_a_key_says_so(
     assert list_engines() == {}
 
 
-def test_two_starts_at_once_make_one_gateway_and_both_say_where_it_is() -> None:
+def test_concurrent_starts_create_one_gateway_and_all_report_its_address() -> None:
     starts = [subprocess.Popen([*SAGE, "gateway", "start"], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = {start.communicate(timeout=120)[0].replace(" already", "") for start in starts}
     assert [start.returncode for start in starts] == [0, 0, 0]
@@ -108,7 +108,7 @@ def test_two_starts_at_once_make_one_gateway_and_both_say_where_it_is() -> None:
 
 @contextlib.contextmanager
 def standby_gateway() -> Iterator[tuple[int, httpx.Client]]:
-    """A second gateway of this home; yields its PID and a client of it."""
+    """Run a standby gateway of this home. Yield its PID, and a client that sends requests to it."""
     port = free_port()
     argv = [sys.executable, "-m", "sage.llm.gateway", "--standby", "--port", str(port)]
     with subprocess.Popen(argv) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
@@ -162,7 +162,7 @@ def test_the_command_line_uses_the_standby_that_took_over_from_a_suspended_gatew
             os.kill(suspended, signal.SIGCONT)
 
 
-def test_a_gateway_with_few_descriptors_refuses_what_is_too_much_and_goes_on(tiny_model: Path) -> None:
+def test_a_gateway_with_few_descriptors_refuses_some_connections_and_answers_again_later(tiny_model: Path) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     sage("gateway", "stop")
     sage("gateway", "start", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
@@ -190,7 +190,7 @@ def holder_pid() -> int:
     return int(json.loads((Path(os.environ["SAGE_HOME"]) / "state/gateway.json").read_text())["pid"])
 
 
-def test_an_engine_that_dies_while_it_talks_is_named_and_the_gateway_is_not_blamed(tiny_model: Path) -> None:
+def test_if_an_engine_dies_during_an_answer_the_error_names_the_engine_and_not_the_gateway(tiny_model: Path) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model), "--name", "tiny"))
     pid = list_engines()[engine]["pid"]
     chat = subprocess.Popen(
@@ -206,7 +206,7 @@ def test_an_engine_that_dies_while_it_talks_is_named_and_the_gateway_is_not_blam
     assert "gateway" not in output.decode().lower()
 
 
-def test_a_gateway_whose_state_cannot_be_written_says_so_without_a_traceback(sage_home: Path, log: Path) -> None:
+def test_a_state_file_that_cannot_be_written_is_reported_without_a_traceback(sage_home: Path, log: Path) -> None:
     (sage_home / "state/gateway.json").mkdir(parents=True)
     assert "gateway.json" in refused()
     assert "Traceback" not in log.read_text()

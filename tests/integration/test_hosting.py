@@ -1,4 +1,4 @@
-"""Servers that host several engines, as processes; a server of a few lines stands for that of a model."""
+"""Server processes that host several engines. A short server program replaces the server of a real model."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ def test_an_adapter_joins_the_server_of_its_base_and_leaves_it(tiny_model: Path,
     run(test)
 
 
-def test_an_adapter_of_a_replaced_base_does_not_join_the_server_of_the_older_files(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_does_not_join_a_server_that_loaded_older_files_of_its_base(tiny_model: Path, tmp_path: Path) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         base = shutil.copytree(tiny_model, tmp_path / "base")
         older = await started(manager, base)
@@ -97,7 +97,7 @@ def test_the_memory_of_a_server_is_counted_once(tiny_model: Path, adapters: list
     run(test)
 
 
-def test_a_dedicated_engine_and_one_that_cannot_join_have_servers_of_their_own(
+def test_a_dedicated_engine_and_an_adapter_that_cannot_join_get_separate_servers(
     tiny_model: Path, tmp_path: Path, adapters: list[Path]
 ) -> None:
     async def test(manager: ControlPlaneManager) -> None:
@@ -116,7 +116,7 @@ def test_a_dedicated_engine_and_one_that_cannot_join_have_servers_of_their_own(
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_an_adapter_that_its_server_refuses_gets_a_server_of_its_own(
+def test_an_adapter_that_a_shared_server_refuses_gets_a_separate_server(
     tiny_model: Path, tmp_path: Path, adapters: list[Path], is_alone: bool
 ) -> None:
     async def test(manager: ControlPlaneManager) -> None:
@@ -133,14 +133,14 @@ def test_an_adapter_that_its_server_refuses_gets_a_server_of_its_own(
     run(test)
 
 
-def test_adapters_that_start_together_share_one_new_server_and_the_next_one_gets_another_if_it_is_full(
+def test_adapters_that_start_together_share_a_new_server_until_the_server_is_full(
     adapters: list[Path],
 ) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         options = {"start_seconds": 0.3, "max_adapters": 2}
         engines = [await start(manager, folder, options=options) for folder in adapters]
         views = [await until(manager, engine.id, S.RUNNING) for engine in engines]
-        assert sorted(Counter(view.pid for view in views).values()) == [1, 2]  # their checks end in any order
+        assert sorted(Counter(view.pid for view in views).values()) == [1, 2]  # any two adapters may share a server
         for folder, view in zip(adapters, views, strict=True):
             assert await answered(manager, view.id) == str(folder)
 
@@ -148,9 +148,7 @@ def test_adapters_that_start_together_share_one_new_server_and_the_next_one_gets
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_the_last_engine_ends_the_process_whichever_was_the_first(
-    tiny_model: Path, adapters: list[Path], force: bool
-) -> None:
+def test_a_server_process_ends_when_its_last_engine_is_stopped(tiny_model: Path, adapters: list[Path], force: bool) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         base, first, second = [await started(manager, model) for model in (tiny_model, *adapters[:2])]
         await manager.stop_engine(base.id, force=force)
@@ -170,7 +168,7 @@ def test_the_last_engine_ends_the_process_whichever_was_the_first(
     run(test)
 
 
-def test_what_was_stopped_by_force_is_unloaded_later(tiny_model: Path, adapters: list[Path]) -> None:
+def test_an_adapter_that_was_stopped_by_force_is_unloaded_later(tiny_model: Path, adapters: list[Path]) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         base, joined = [await started(manager, model) for model in (tiny_model, adapters[0])]
         await manager.stop_engine(joined.id, force=True)
@@ -182,7 +180,7 @@ def test_what_was_stopped_by_force_is_unloaded_later(tiny_model: Path, adapters:
     run(test)
 
 
-def test_a_killed_server_comes_back_once_with_all_its_engines(tiny_model: Path, adapters: list[Path]) -> None:
+def test_a_killed_server_is_restarted_once_with_all_its_engines(tiny_model: Path, adapters: list[Path]) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         models = (tiny_model, *adapters)
         engines = [await started(manager, model, restart_policy=ON_FAILURE) for model in models]
@@ -203,7 +201,7 @@ def test_a_killed_server_comes_back_once_with_all_its_engines(tiny_model: Path, 
     run(test)
 
 
-def test_a_loading_adapter_and_a_running_one_are_adopted_by_the_next_control_plane(
+def test_a_loading_adapter_and_a_running_adapter_are_adopted_by_the_next_control_plane(
     tiny_model: Path, adapters: list[Path]
 ) -> None:
     async def begin(manager: ControlPlaneManager) -> None:
@@ -236,14 +234,14 @@ def test_an_engine_that_resumes_joins_the_server_that_it_left(tiny_model: Path, 
         view = await until(manager, first.id, S.RUNNING)
         assert view.pid == second.pid
         assert await answered(manager, first.id) == str(adapters[0])
-        base = await started(manager, tiny_model)  # the base of that server has no engine yet
+        base = await started(manager, tiny_model)  # no engine has served the base model of this server yet
         assert base.pid == second.pid
         assert await answered(manager, base.id) == str(tiny_model)
 
     run(test)
 
 
-def test_thirty_adapters_come_and_go_under_requests_and_no_request_is_dropped(tiny_model: Path, tmp_path: Path) -> None:
+def test_no_request_is_dropped_while_other_adapters_are_stopped_and_resumed(tiny_model: Path, tmp_path: Path) -> None:
     models = [make_adapter(tmp_path / f"a{number}", tiny_model) for number in range(30)]
 
     async def test(manager: ControlPlaneManager) -> None:
@@ -284,6 +282,6 @@ def test_an_adapter_on_a_running_base_is_served_within_two_seconds(tiny_model: P
         begin = time.monotonic()
         engine = await start(manager, adapters[0])
         assert await answered(manager, engine.id) == str(adapters[0])
-        assert time.monotonic() - begin < 20  # 2 s on a machine without other work
+        assert time.monotonic() - begin < 20  # at most 2 s if the machine has no other work
 
     run(test)

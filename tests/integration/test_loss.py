@@ -1,4 +1,4 @@
-"""The loss against plain torch and plain transformers."""
+"""Batches and losses: the losses are compared with the losses that torch and transformers compute."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ SEQUENCES = [
 PACKS = [(sequence,) for sequence in SEQUENCES]
 
 
-def test_a_packed_batch_holds_the_samples_one_behind_the_other() -> None:
+def test_a_packed_batch_contains_the_samples_one_after_another() -> None:
     batch = PackedCollator()([tuple(SEQUENCES[:2]), tuple(SEQUENCES[2:])])
     assert batch["cu_seq_lens_q"].tolist() == [0, 4, 10, 13]
     assert batch["input_ids"].shape == (1, 64)
@@ -36,7 +36,7 @@ def test_a_packed_batch_holds_the_samples_one_behind_the_other() -> None:
     assert set(batch["labels"][0, 13:].tolist()) == {IGNORED}
 
 
-def test_packs_are_full_and_hold_every_sample_once() -> None:
+def test_packs_are_almost_full_and_contain_each_sample_once() -> None:
     lengths = [1 + 37 * index % 50 for index in range(200)]
     packs = pack(lengths, 100, seed=1)
     tokens = [sum(lengths[index] for index in members) for members in packs]
@@ -47,14 +47,14 @@ def test_packs_are_full_and_hold_every_sample_once() -> None:
     assert pack([300], 100, seed=1) == [[0]]
 
 
-def test_a_batch_is_padded_to_its_longest_and_no_further() -> None:
+def test_a_batch_is_padded_to_the_length_of_its_longest_sample() -> None:
     batch = PaddedCollator(pad_token_id=0)(PACKS)
     assert batch["input_ids"].shape == (3, 6)
     assert batch["attention_mask"].sum(1).tolist() == [4, 6, 3]
     assert batch["labels"][0].tolist() == [IGNORED, IGNORED, 7, 8, IGNORED, IGNORED]
 
 
-def test_every_token_weighs_the_same_however_a_step_is_cut(tiny_model: Path) -> None:
+def test_the_loss_and_the_gradient_of_a_step_do_not_depend_on_its_micro_batches(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     total = sum(sequence.trained_tokens for sequence in SEQUENCES)
 
@@ -73,11 +73,11 @@ def test_every_token_weighs_the_same_however_a_step_is_cut(tiny_model: Path) -> 
 
     value, whole = gradient([SEQUENCES])
     cut_value, cut = gradient([SEQUENCES[:1], SEQUENCES[1:]])
-    assert cut_value == pytest.approx(value, rel=1e-4)  # the loss itself is taken in fp32
+    assert cut_value == pytest.approx(value, rel=1e-4)  # the loss is computed in fp32
     torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-7)
 
 
-def test_the_held_out_loss_is_that_of_one_sample_at_a_time(tiny_model: Path) -> None:
+def test_the_held_out_loss_of_batches_equals_the_loss_of_single_samples(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     loss_sum, count = 0.0, 0
     for sequence in SEQUENCES:
@@ -91,7 +91,7 @@ def test_the_held_out_loss_is_that_of_one_sample_at_a_time(tiny_model: Path) -> 
 
 
 class Stored(list[Encoded]):
-    """Samples on the disk, whose lengths are known without reading them."""
+    """Counts how often samples are read. `lengths` reads no sample."""
 
     reads = 0
 
@@ -109,7 +109,7 @@ def test_held_out_samples_are_read_once(tiny_model: Path) -> None:
     assert stored.reads == len(SEQUENCES)
 
 
-def test_a_stop_cuts_the_evaluation_short(tiny_model: Path) -> None:
+def test_a_stop_interrupts_the_evaluation(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
     stop = StopRequest()
     stop.request()

@@ -1,4 +1,4 @@
-"""The store on a real PostgreSQL: the promises of every database, and what only concurrent transactions can break."""
+"""The store on a real PostgreSQL: the tests that run on all databases, and tests of concurrent transactions."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +44,7 @@ class TestMigrationsOnPostgres(MigrationPromises):
 
 
 def wait_for_lock(store: Store) -> None:
-    """Return once a transaction of this database waits for another one."""
+    """Wait until a transaction of this database waits for a lock."""
     waiting = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'")
     while True:
         with store._read() as connection:
@@ -53,7 +53,7 @@ def wait_for_lock(store: Store) -> None:
         time.sleep(0.01)
 
 
-def test_a_takeover_waits_for_a_transaction_that_began_in_time(database_url: str) -> None:
+def test_a_takeover_waits_for_a_transaction_that_began_before_the_lease_expired(database_url: str) -> None:
     store, standby = (Store(open_database(database_url), lease_seconds=0.5) for _ in range(2))
     lease = lease_of(store)
     with ThreadPoolExecutor(1) as pool:
@@ -66,14 +66,14 @@ def test_a_takeover_waits_for_a_transaction_that_began_in_time(database_url: str
     assert [event.engine_id for event in standby.events(limit=9)] == ["engine-a"]
 
 
-def test_a_control_plane_that_is_suspended_within_a_transaction_delays_a_takeover_by_seconds(database_url: str) -> None:
+def test_a_control_plane_that_is_suspended_within_a_transaction_does_not_prevent_a_takeover(database_url: str) -> None:
     store, standby = (Store(open_database(database_url), lease_seconds=0.5) for _ in range(2))
     lease = lease_of(store)
 
     def write_slowly() -> None:
         with store._fenced(lease, "n") as connection:
             store._event(connection, "engine-a", EventKind.REMOVED, "user")
-            assert acquire_when_expired(standby).fence > lease.fence  # here it is suspended, for as long as this takes
+            assert acquire_when_expired(standby).fence > lease.fence  # the first control plane is idle during this call
             store._event(connection, "engine-a", EventKind.REMOVED, "user")
 
     with pytest.raises(SQLAlchemyError):
@@ -87,7 +87,7 @@ def acquire_when_expired(store: Store) -> Lease:
     return taken
 
 
-def test_no_event_appears_behind_one_that_a_reader_has_passed(database_url: str) -> None:
+def test_a_reader_does_not_miss_the_event_of_a_slow_transaction(database_url: str) -> None:
     store = Store(open_database(database_url))
     lease, other = lease_of(store), lease_of(store, "other")
     engine = store.add(record(), "user", lease)
@@ -103,7 +103,7 @@ def test_no_event_appears_behind_one_that_a_reader_has_passed(database_url: str)
         writes = [pool.submit(slow)]
         slow_has_written.wait()
         writes.append(pool.submit(store.set_desired, engine, DesiredState.STOPPED, force=False, actor="u", lease=lease))
-        wait_for_lock(store)  # the faster one, whose event has the higher id
+        wait_for_lock(store)  # the second write waits; its event has the higher id
         assert store.last_event() == engine.first_event
         may_commit.set()
         for write in writes:
@@ -111,14 +111,14 @@ def test_no_event_appears_behind_one_that_a_reader_has_passed(database_url: str)
     assert [event.engine_id for event in store.events(engine.first_event, limit=9)] == ["engine-slow", "engine-a"]
 
 
-def test_two_control_planes_open_an_empty_database_at_once(database_url: str) -> None:
+def test_several_control_planes_can_open_an_empty_database_at_once(database_url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         stores = list(pool.map(lambda _: Store(open_database(database_url)), range(4)))
     stores[0].add(record(), "user", lease_of(stores[0]))
     assert [store.get("engine-a").state for store in stores] == [EngineState.QUEUED] * 4
 
 
-def test_a_server_that_cannot_be_reached_is_one_sentence_without_the_password() -> None:
+def test_the_error_for_an_unreachable_server_is_one_line_without_the_password() -> None:
     with pytest.raises(ConfigError) as caught:
         open_database("postgresql+psycopg://sage:hunter2@127.0.0.1:1/sage")
     assert caught.value.code == "database_unusable"

@@ -11,7 +11,7 @@ from sage.libs.finetune.run.reservation import RESERVED_VARIABLE
 from sage.libs.models.architecture import read_architecture
 
 
-def test_a_run_computes_parts_of_its_micro_batches_from_the_first_step_on_with_the_same_losses(
+def test_a_run_with_too_little_reserved_memory_splits_its_micro_batches_and_has_the_same_losses(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"max_steps": 2, "gradient_checkpointing": "off"}

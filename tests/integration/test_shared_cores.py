@@ -11,7 +11,7 @@ from sage.common.cgroups import available_cores
 
 
 @pytest.mark.long
-def test_an_engine_that_starts_beside_another_gets_its_share_of_the_cores(
+def test_an_engine_that_starts_while_another_engine_runs_gets_half_of_the_cores(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -25,7 +25,7 @@ def test_an_engine_that_starts_beside_another_gets_its_share_of_the_cores(
         view = client.get_engine(engine)
         assert view.threads == threads
         assert psutil.Process(view.pid).environ()["OMP_NUM_THREADS"] == str(threads)
-    left = max(1, available_cores() - share)  # the server gets what the run leaves, when it answers
+    left = max(1, available_cores() - share)  # the server changes its threads when it answers a request
     ask = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
     wait_for(lambda: client.chat("tiny", **ask) is not None and client.get_engine(served).threads == left, "the change")
     assert f"threads            {share}" in sage("llm", "engine", "status", run).stdout

@@ -1,4 +1,4 @@
-"""Tokenised datasets on disk: as in memory, made once, whole or absent."""
+"""The cache of tokenised datasets: a dataset is stored once, is never incomplete, and equals the dataset in memory."""
 
 import errno
 import json
@@ -39,7 +39,7 @@ def silent(_: str) -> None:
     pass
 
 
-def test_what_is_stored_is_what_is_tokenised_and_is_made_once(tokenizer: Any, sage_home: Path) -> None:
+def test_a_stored_dataset_equals_the_tokenised_dataset_and_is_created_once(tokenizer: Any, sage_home: Path) -> None:
     expected = list(Encoder(tokenizer, 64).encode(read_samples(DatasetReport(SAMPLES))))
     found = load_or_tokenize(SAMPLES, Encoder(tokenizer, 64), silent)
     assert list(found) == expected
@@ -54,7 +54,7 @@ def test_what_is_stored_is_what_is_tokenised_and_is_made_once(tokenizer: Any, sa
     assert len(folders(sage_home)) == 1
 
 
-def test_other_settings_another_template_or_other_content_are_tokenised_anew(
+def test_a_dataset_is_tokenised_again_if_a_setting_the_template_or_the_content_changes(
     tokenizer: Any, train_file: Path, sage_home: Path
 ) -> None:
     for encoder in (Encoder(tokenizer, 128), Encoder(tokenizer, 64), Encoder(tokenizer, 128, "last_turn")):
@@ -66,8 +66,8 @@ def test_other_settings_another_template_or_other_content_are_tokenised_anew(
     assert len(folders(sage_home)) == 5
 
 
-def test_what_is_stored_can_be_read_by_its_user_only(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
-    umask = os.umask(0o002)  # as in a group of several users
+def test_only_the_user_can_read_stored_datasets(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+    umask = os.umask(0o002)  # with this umask, other users can read new files
     try:
         load_or_tokenize(train_file, Encoder(tokenizer, 64), silent)
     finally:
@@ -75,7 +75,7 @@ def test_what_is_stored_can_be_read_by_its_user_only(tokenizer: Any, train_file:
     assert stat.S_IMODE((sage_home / "cache/tokenized").stat().st_mode) == 0o700
 
 
-def test_what_was_cut_off_is_made_again(tokenizer: Any, sage_home: Path) -> None:
+def test_a_truncated_stored_dataset_is_created_again(tokenizer: Any, sage_home: Path) -> None:
     whole = list(load_or_tokenize(SAMPLES, Encoder(tokenizer, 128), silent))
     [folder] = folders(sage_home)
     tokens = sage_home / "cache/tokenized" / folder / "tokens.bin"
@@ -83,7 +83,7 @@ def test_what_was_cut_off_is_made_again(tokenizer: Any, sage_home: Path) -> None
     assert list(load_or_tokenize(SAMPLES, Encoder(tokenizer, 128), silent)) == whole
 
 
-def test_a_dataset_with_faults_leaves_nothing(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+def test_an_invalid_dataset_leaves_no_stored_files(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
     with train_file.open("a") as file:
         file.write('{"messages": [\n{"messages": []}\n')
     with pytest.raises(DatasetError, match=r"train\.jsonl:93: not valid JSON.*train\.jsonl:94: no assistant turn"):
@@ -91,7 +91,9 @@ def test_a_dataset_with_faults_leaves_nothing(tokenizer: Any, train_file: Path, 
     assert folders(sage_home) == []
 
 
-def test_two_first_runs_at_once_share_what_the_faster_made(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+def test_two_concurrent_first_runs_share_the_dataset_that_was_stored_first(
+    tokenizer: Any, train_file: Path, sage_home: Path
+) -> None:
     made: list[StoredSamples] = []
 
     class Slower(Encoder):
@@ -103,18 +105,18 @@ def test_two_first_runs_at_once_share_what_the_faster_made(tokenizer: Any, train
     inodes: list[int] = []
     slower = load_or_tokenize(train_file, Slower(tokenizer, 64), silent)
     [folder] = (sage_home / "cache/tokenized").iterdir()
-    assert [folder.stat().st_ino] == inodes, "what another process may be reading stays"
+    assert [folder.stat().st_ino] == inodes, "a folder that another process may be reading must not be replaced"
     assert list(slower) == list(made[0])
 
 
-def test_samples_stay_readable_once_their_folder_is_removed(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
+def test_samples_stay_readable_after_their_folder_is_removed(tokenizer: Any, train_file: Path, sage_home: Path) -> None:
     samples = load_or_tokenize(train_file, Encoder(tokenizer, 64), silent)
     expected = list(samples)
     shutil.rmtree(sage_home / "cache/tokenized")
     assert list(samples.take([2, 1])) == [expected[2], expected[1]]
 
 
-def test_what_is_left_behind_is_removed_and_what_vanishes_meanwhile_is_no_error(
+def test_old_folders_are_removed_and_a_folder_that_vanishes_meanwhile_is_not_an_error(
     tokenizer: Any, train_file: Path, sage_home: Path
 ) -> None:
     root = sage_home / "cache/tokenized"
@@ -130,7 +132,7 @@ def test_what_is_left_behind_is_removed_and_what_vanishes_meanwhile_is_no_error(
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "bounds.bin", "facts.json"])
-def test_a_full_disk_leaves_nothing(
+def test_a_full_disk_leaves_no_stored_files(
     tokenizer: Any, train_file: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def fsync(descriptor: int) -> None:
@@ -155,7 +157,7 @@ def test_a_dataset_that_changes_while_it_is_read_is_refused(tokenizer: Any, trai
     assert folders(sage_home) == []
 
 
-def test_a_folder_gives_each_split_its_own_samples(tokenizer: Any, tmp_path: Path, sage_home: Path) -> None:
+def test_each_split_of_a_dataset_folder_has_its_own_samples(tokenizer: Any, tmp_path: Path, sage_home: Path) -> None:
     for name, count in (("train", 3), ("valid", 2), ("test", 1)):
         write_jsonl(tmp_path / f"{name}.jsonl", [chat_record(f"{name} {i}", "a") for i in range(count)])
     told: list[str] = []
@@ -164,7 +166,7 @@ def test_a_folder_gives_each_split_its_own_samples(tokenizer: Any, tmp_path: Pat
     assert told == [f"reading the train split of {tmp_path}; not read: test.jsonl, valid.jsonl"]
 
 
-def test_a_run_trains_on_a_folder_s_train_and_is_scored_on_its_validation(
+def test_a_run_trains_on_the_train_split_of_a_folder_and_is_evaluated_on_the_validation_split(
     tiny_model: Path, tmp_path: Path, sage_home: Path
 ) -> None:
     folder = tmp_path / "data"
@@ -177,7 +179,7 @@ def test_a_run_trains_on_a_folder_s_train_and_is_scored_on_its_validation(
     assert (started["samples"], started["heldout_samples"]) == (3, 2)
 
 
-def test_a_stop_while_tokenising_leaves_a_model_that_loads_and_goes_on(
+def test_a_run_that_is_stopped_during_tokenisation_saves_an_adapter_and_can_be_resumed(
     tiny_model: Path, tmp_path: Path, sage_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_PROGRESS_SAMPLES", 10)

@@ -1,4 +1,4 @@
-"""A home that an earlier version left behind: today's opens, migrates and resumes it."""
+"""This version opens and migrates a home that an earlier version created, and resumes the engines."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 from landed import losses, unpack
 from support import list_engines, sage, wait_for
 
-#: Their databases have the migrations up to 0001 and 0002.
+#: Commits of earlier versions. Their databases have the migrations up to 0001 and up to 0002.
 VERSIONS = ("327c568", "19fceff")
 
 
 @pytest.mark.parametrize("version", [VERSIONS[0], pytest.param(VERSIONS[1], marks=pytest.mark.long)])
-def test_the_home_of_a_landed_version_opens_migrates_and_resumes(
+def test_the_home_of_an_earlier_version_is_migrated_and_its_engines_resume(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = unpack(f"landed-{version}.tar.xz", tmp_path / "landed")

@@ -1,4 +1,4 @@
-"""Requests to change the options of a run: which are refused, and which values apply at a step."""
+"""Requests to change the options of a run: which requests are refused, and which values apply at a step."""
 
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,14 @@ def change(revision: int, step: int, **new: Any) -> ChangedEvent:
         ([change(1, 8, learning_rate=0.5), change(2, 6, learning_rate=0.2)], 9, (0.2, 20)),
     ],
 )
-def test_the_newest_request_that_has_begun_applies(
+def test_the_newest_request_that_has_taken_effect_applies(
     changes: list[ChangedEvent], step: int, expected: tuple[float, int]
 ) -> None:
     options = options_at(CONFIGURED, changes, step)
     assert (options.learning_rate, options.max_steps) == expected
 
 
-def test_a_second_request_keeps_the_first_only_until_it_is_applied(tmp_path: Path) -> None:
+def test_a_request_includes_the_options_of_an_earlier_request_that_is_not_applied_yet(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     assert request_change(run, TrainingOptions(learning_rate=0.5)) == 1
     assert request_change(run, TrainingOptions(max_steps=30)) == 2

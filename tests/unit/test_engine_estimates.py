@@ -1,4 +1,4 @@
-"""The estimates of all backends, for a model that has only headers and a config."""
+"""The estimates of all backends, for a small model with a config and weights that are all zero."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ CONFIG = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, 
           "intermediate_size": 24, "max_position_embeddings": 2048}  # fmt: skip
 NUMBERS = 100 * 8 + 2 * 24 * 8
 DEVICE = Device(node="n", kind="cpu", index=0, name="memory", memory_total_bytes=9 * 10**9, memory_used_bytes=10**9)
-TOKEN_BYTES = 2 * 2 * 4 * 4  #: keys and values of two layers with four columns, in fp32
+TOKEN_BYTES = 2 * 2 * 4 * 4  #: keys and values of one token: two layers, one head with head_dim 4, fp32
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def earlier(config: FinetuneConfig, *, bf16: bool, tokens_per_second: float) -> 
     run.append_event(StepEvent(step=1, tokens_per_second=tokens_per_second))
 
 
-def test_the_number_formats_and_the_speed_are_those_of_an_earlier_run(weights: Path) -> None:
+def test_an_estimate_uses_the_number_formats_and_the_speed_of_an_earlier_run(weights: Path) -> None:
     config, root = run_config(weights), get_user_paths().finetuned_dir
     assert earlier_run(root, config) is None
     before = TrainerBackend().memory_bytes(resolve_model(str(weights)), config)
@@ -135,7 +135,7 @@ def test_the_duration_of_a_run_follows_from_its_tokens_and_the_speed(weights: Pa
     assert training_seconds(run_config(weights), 50.0) is None
 
 
-def test_the_processes_of_a_run_share_the_main_memory(weights: Path) -> None:
+def test_a_run_with_two_processes_needs_twice_the_main_memory(weights: Path) -> None:
     model = resolve_model(str(weights))
     one, two = (TrainerBackend().memory_bytes(model, run_config(weights, num_processes=count)) for count in (1, 2))
     assert one
@@ -155,7 +155,7 @@ def test_an_estimate_of_a_run_needs_neither_dataset_nor_output(weights: Path) ->
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
-def test_an_estimate_for_any_backend_uses_the_backend_that_a_start_would_use(
+def test_an_estimate_without_a_given_backend_uses_the_backend_that_a_start_would_use(
     weights: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
 ) -> None:
     monkeypatch.setattr(environments, "device", lambda: "cuda")
@@ -165,7 +165,9 @@ def test_an_estimate_for_any_backend_uses_the_backend_that_a_start_would_use(
     assert estimate_engine(request, [DEVICE]).backend == started.name
 
 
-def test_an_estimate_without_weights_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_of_a_model_that_is_not_on_this_machine_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = ModelSource("org/name", ModelKind.HUB, Path("/nowhere"))
     monkeypatch.setattr("sage.llm.control_plane.estimates.resolve_model", lambda _: model)
     with pytest.raises(ModelError, match="not on this machine"):

@@ -1,4 +1,4 @@
-"""The limits of a client's connection, on raw sockets."""
+"""The limits of client connections, tested with raw sockets."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from sage.llm.gateway.connections import BoundedHttp, connection_limit
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway also uses uvloop
 
 
 async def connect(client: httpx.AsyncClient) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -24,7 +24,7 @@ async def connect(client: httpx.AsyncClient) -> tuple[asyncio.StreamReader, asyn
 
 
 async def exchange(client: httpx.AsyncClient, sent: bytes) -> tuple[int, dict[str, Any]]:
-    """Send bytes and read until the gateway closes; return the status and the error."""
+    """Send bytes, and read until the gateway closes the connection. Return the status and the error."""
     reader, writer = await connect(client)
     writer.write(sent)
     head, _, body = (await reader.read()).partition(b"\r\n\r\n")
@@ -51,7 +51,7 @@ def test_clients_beyond_the_limit_get_a_503_and_the_others_continue(monkeypatch:
 
     async def main() -> None:
         async with gateway() as client:
-            assert (await client.get("/health")).status_code == 200  # keeps its connection
+            assert (await client.get("/health")).status_code == 200  # the client keeps its connection open
             others = [await connect(client) for _ in range(2)]
             status, error = await exchange(client, b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             assert (status, error["code"]) == (503, "too_many_connections")
@@ -67,7 +67,9 @@ def test_clients_beyond_the_limit_get_a_503_and_the_others_continue(monkeypatch:
     run(main())
 
 
-def test_a_head_that_never_ends_loses_its_connection_and_a_slow_body_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_is_closed_if_the_head_is_incomplete_but_not_if_the_body_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.1)
 
     async def main() -> None:
@@ -85,7 +87,7 @@ def test_a_head_that_never_ends_loses_its_connection_and_a_slow_body_does_not(mo
                 reader, writer = await connect(client)
                 writer.write(beginning)
                 async with asyncio.timeout(20):
-                    await reader.read()  # until the gateway closes
+                    await reader.read()  # until the gateway closes the connection
                 writer.close()
             slow.write(b'"model": ""}')
             assert (await slow_reader.read()).startswith(b"HTTP/1.1 400")

@@ -1,4 +1,4 @@
-"""The gateway's view of a JSON body: what it finds in it, and the one value that it replaces."""
+"""How the gateway reads a JSON body and replaces only the value of `model`."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def body_of(content: str | bytes) -> JsonBody:
 
 
 @given(content=st.dictionaries(NAMES, VALUES), indent=st.none() | st.integers(0, 3), is_ascii=st.booleans())
-def test_only_the_model_at_the_top_changes(content: dict[str, Any], indent: int | None, is_ascii: bool) -> None:
+def test_only_the_top_level_model_changes(content: dict[str, Any], indent: int | None, is_ascii: bool) -> None:
     text = json.dumps(content, indent=indent, ensure_ascii=is_ascii).encode()
     body = body_of(b" \n" + text + b"\t")
     renamed = b"".join(body.with_model('a "näme"'))
@@ -49,7 +49,7 @@ def test_duplicates_escapes_and_numbers_are_kept_as_they_are(text: str, old: str
     assert b"".join(body_of(text.replace("OLD", old)).with_model("b")).decode() == text.replace("OLD", '"b"')
 
 
-def test_the_last_of_two_models_counts_as_for_other_json_parsers() -> None:
+def test_the_last_of_two_model_fields_is_used() -> None:
     assert body_of('{"model": "a", "model": "b"}').texts == {"model": "b"}
     assert body_of('{"model": "a", "model": 1}').texts == {}
 
@@ -61,7 +61,7 @@ def test_the_last_of_two_models_counts_as_for_other_json_parsers() -> None:
         *('{"a":1}}', '{"a":NaN}', '{"a":-Infinity}', '{"a":01}', '{"a":"\n"}', "{1:2}", "\ufeff{}", '{"a":1}\x00', "[1,]"),
     ],
 )
-def test_what_other_parsers_refuse_is_refused(text: str) -> None:
+def test_invalid_json_is_refused(text: str) -> None:
     with pytest.raises(Refusal) as refused:
         body_of(text)
     assert refused.value.code == "invalid_json"

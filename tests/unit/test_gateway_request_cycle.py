@@ -1,4 +1,4 @@
-"""The HTTP/1.1 server of the gateway: framing, keep-alive and back-pressure, on raw sockets and without the gateway."""
+"""The HTTP/1.1 server of the gateway: framing, keep-alive and back-pressure, tested with raw sockets."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway also uses uvloop
 
 
 @contextlib.asynccontextmanager
@@ -65,7 +65,7 @@ def test_an_answer_of_known_length_is_sent_in_one_piece() -> None:
     run(main())
 
 
-def test_an_answer_that_the_stop_of_the_server_interrupts_is_not_logged_as_a_failure(
+def test_an_answer_that_is_interrupted_by_a_stop_of_the_server_is_not_logged_as_a_failure(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def endless(scope: Scope, _: Receive, send: Send) -> None:
@@ -78,7 +78,7 @@ def test_an_answer_that_the_stop_of_the_server_interrupts_is_not_logged_as_a_fai
             reader, writer = await connect(port)
             writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             await reader.readuntil(b"piece")
-        assert await reader.read() == b"\r\n"  # without the end of the answer
+        assert await reader.read() == b"\r\n"  # the last chunk of the answer is missing
         writer.close()
 
     caplog.set_level("INFO")
@@ -116,7 +116,7 @@ def test_the_answer_to_head_has_the_length_and_no_body() -> None:
 @pytest.mark.parametrize(
     "request_head", [b"GET /a HTTP/1.0\r\n\r\n", b"GET /a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"]
 )
-def test_the_connection_ends_after_the_answer_if_the_client_does_not_keep_it(request_head: bytes) -> None:
+def test_the_connection_is_closed_after_the_answer_if_the_client_does_not_keep_it_alive(request_head: bytes) -> None:
     async def main() -> None:
         async with serving(hello) as (_, port):
             reader, writer = await connect(port)
@@ -153,7 +153,7 @@ def test_the_head_of_a_stream_arrives_before_its_first_part_and_the_parts_are_ch
 @pytest.mark.parametrize(
     "header", [(b"x", b"a\r\nx-forged: 1"), (b"x\nx-forged", b"1"), (b"x", b"a\0"), (b"content-length", b"9")]
 )
-def test_a_header_with_a_line_break_or_a_wrong_length_is_not_sent(header: tuple[bytes, bytes]) -> None:
+def test_an_answer_with_an_invalid_header_or_a_wrong_content_length_is_not_sent(header: tuple[bytes, bytes]) -> None:
     async def app(_: Scope, __: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [header]})
         await send({"type": "http.response.body", "body": b"four"})
@@ -233,7 +233,7 @@ def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     run(main())
 
 
-def test_a_client_that_sends_no_more_of_its_body_gets_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_stops_sending_its_body_gets_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_cycle, "_SILENCE_SECONDS", 0.05)
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""GET requests of the health checks, to a real server that sends prepared bytes."""
+"""GET requests of the health checks, sent to a real server that answers with prepared bytes."""
 
 import asyncio
 
@@ -33,14 +33,14 @@ async def answered(content: bytes, *, closes: bool = True) -> tuple[tuple[int, b
         OK + b"\r\n{}",
     ],
 )
-def test_an_answer_is_read_however_its_length_is_given(content: bytes) -> None:
+def test_an_answer_with_a_length_or_with_chunks_or_with_neither_is_read(content: bytes) -> None:
     answer, request = asyncio.run(answered(content))
     assert answer == (200, b"{}")
     assert request.startswith(b"GET /health HTTP/1.1\r\n")
     assert b"Authorization: Bearer k\r\n" in request
 
 
-def test_a_server_that_keeps_the_connection_open_has_answered_when_its_content_is_complete() -> None:
+def test_an_answer_with_a_length_is_complete_even_if_the_connection_stays_open() -> None:
     async def check() -> None:
         async with asyncio.timeout(30):
             answer, _ = await answered(OK + b"content-length: 2\r\n\r\n{}", closes=False)
@@ -50,6 +50,6 @@ def test_a_server_that_keeps_the_connection_open_has_answered_when_its_content_i
 
 
 @pytest.mark.parametrize("content", [b"", b"SSH-2.0\r\n", OK + b"Content-Length: 5\r\n\r\n{}", b"x" * 5_000_000])
-def test_an_answer_that_is_cut_off_too_long_or_not_http_is_an_oserror(content: bytes) -> None:
+def test_an_answer_that_is_incomplete_or_too_long_or_not_http_raises_an_oserror(content: bytes) -> None:
     with pytest.raises(OSError, match="the answer of 127"):
         asyncio.run(answered(content))

@@ -25,7 +25,7 @@ S = EngineState
 
 
 def stored(node: str, *ids: str) -> Store:
-    """Put settled engines of a node into the store."""
+    """Add stopped engines of a node to the store, and return the store."""
     store = Store(open_database(load_settings().store_url))
     store.register_node(node, "host")
     lease = store.acquire_lease(node, "another", "host", ProcessIdentity.of(1))
@@ -37,7 +37,7 @@ def stored(node: str, *ids: str) -> Store:
 
 
 def managed(test: Callable[..., Awaitable[None]], *standby: bool) -> None:
-    """Run a test with open managers of this node."""
+    """Open a manager of this node for each value of `standby`, and run a test with the managers."""
 
     async def main() -> None:
         managers = [ControlPlaneManager(load_settings(), standby=expected) for expected in standby]
@@ -82,7 +82,7 @@ def changing(manager: ControlPlaneManager, engine_id: str) -> list[Awaitable[Any
     ]
 
 
-def test_an_engine_of_another_node_is_listed_and_only_its_own_node_changes_it() -> None:
+def test_an_engine_of_another_node_is_listed_and_cannot_be_changed() -> None:
     store = stored("node-b", "engine-b")
     stored(open_state_folder(), "engine-a")
     before = store.get("engine-b")
@@ -128,7 +128,7 @@ def test_a_standby_reads_everything_and_changes_nothing() -> None:
     assert store.get("engine-a") == before
 
 
-def test_a_request_sees_a_change_that_happens_while_it_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_uses_the_state_that_an_engine_has_after_the_request_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = record(S.STARTING, node=open_state_folder())
     running = dataclasses.replace(engine, state=S.RUNNING, version=2)
 
@@ -161,7 +161,7 @@ def test_an_idle_control_plane_only_writes_renewals_of_its_lease() -> None:
                 writes.append(statement)
 
         event.listen(manager._store._database, "before_cursor_execute", count)
-        while reads < 30:  # several ticks, and looks at the change feed
+        while reads < 30:  # several ticks, and several reads of the change feed
             await asyncio.sleep(0.01)
 
     managed(test, False)

@@ -1,4 +1,4 @@
-"""Whether an engine can share a server, from the files of its model."""
+"""Placement: the files of a model determine whether its engine can share a server."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def shown(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name != "base_version"}
 
 
-def test_a_model_and_its_adapters_share_a_server_by_whatever_path_they_are_named(base: Path, tmp_path: Path) -> None:
+def test_a_model_and_its_adapter_can_share_a_server_even_if_one_path_is_a_symbolic_link(base: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(base)
     adapter = make_adapter(tmp_path / "a", link)
@@ -67,7 +67,7 @@ def test_the_version_of_a_base_changes_if_its_files_are_replaced(base: Path, tmp
     assert placed(gguf.parent)["base_version"] not in (None, before)
 
 
-def test_the_form_of_an_adapter_with_a_server_of_its_own_names_the_reason(base: Path, tmp_path: Path) -> None:
+def test_the_form_of_an_adapter_on_a_separate_server_names_the_reason(base: Path, tmp_path: Path) -> None:
     adapter, dora = make_adapter(tmp_path / "a", base), make_adapter(tmp_path / "d", base, "dora")
     second = make_adapter(tmp_path / "second", adapter)
     expected = {
@@ -90,7 +90,7 @@ def test_the_form_of_a_quantized_model_names_the_quantization(
 
 
 @pytest.mark.parametrize("merges", [True, False])
-def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
+def test_a_backend_that_cannot_load_adapters_merges_or_refuses_them(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merges: bool
 ) -> None:
     cold = Capabilities(frozenset({EngineKind.LLM}), frozenset(ModelKind), merges_adapters=merges)
@@ -121,7 +121,7 @@ def test_a_backend_that_loads_no_adapters_merges_them_or_refuses(
         ({}, {"model_version": "replaced"}, {}, False),
     ],
 )
-def test_auto_takes_the_backend_and_options_of_a_server_that_has_loaded_the_base(
+def test_an_engine_without_a_chosen_backend_uses_the_server_that_has_loaded_its_base(
     base: Path, tmp_path: Path, engine: dict[str, Any], host: dict[str, Any], given: dict[str, Any], joins: bool
 ) -> None:
     adapter = make_adapter(tmp_path / "a", base)

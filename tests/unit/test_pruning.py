@@ -18,7 +18,7 @@ def ended(days_ago: float, **values: Any) -> EngineView:
 
 
 class Client:
-    """Records the ids of the engines that are removed; `errors` are raised for some ids."""
+    """Records the ids of removed engines. `errors` contains, for some ids, the error that a removal raises."""
 
     def __init__(self, *engines: EngineView, errors: dict[str, SageError] | None = None) -> None:
         self.engines, self.errors, self.removed = engines, errors or {}, list[str]()
@@ -51,7 +51,9 @@ def test_only_engines_that_ended_long_ago_are_selected() -> None:
         ({"state": "failed", "kind": "llm"}, False),
     ],
 )
-def test_a_run_that_can_be_resumed_is_kept_unless_it_is_asked_for(values: dict[str, str], is_kept: bool) -> None:
+def test_a_run_that_can_be_resumed_is_kept_unless_unfinished_runs_are_selected(
+    values: dict[str, str], is_kept: bool
+) -> None:
     engine = ended(40, **values)
     assert (selected([engine], 30, unfinished=False) == []) is is_kept
     assert selected([engine], 30, unfinished=True) == [engine]

@@ -1,4 +1,4 @@
-"""Engines that wait for memory and make room for each other, under the plan."""
+"""Decisions of the plan about engines that wait for memory or make room for other engines."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def run(name: str, size_gb: int, **values: Any) -> EngineRecord:
 
 
 class Node:
-    """A node whose processes obey at once, to follow the plan over many ticks."""
+    """A simulated node that executes each action at once, so that tests can follow the plan over many ticks."""
 
     def __init__(self, *engines: EngineRecord, memory_gb: int = 10) -> None:
         self.engines: dict[str, EngineRecord] = {}
@@ -90,7 +90,7 @@ class Node:
         for _ in range(30):
             if not self.tick():
                 return
-        raise AssertionError("the plan does not come to rest")
+        raise AssertionError("the plan still returns actions after 30 ticks")
 
     def states(self) -> Mapping[str, EngineState]:
         return {each.id[7:]: each.state for each in self.engines.values()}
@@ -116,7 +116,7 @@ def test_a_model_makes_room_for_a_run_and_returns_when_the_run_has_ended() -> No
 
 
 @pytest.mark.parametrize("end", [S.STOPPED, S.FAILED])
-def test_the_model_returns_also_if_the_run_is_stopped_or_fails(end: EngineState) -> None:
+def test_the_model_also_returns_if_the_run_is_stopped_or_fails(end: EngineState) -> None:
     node = Node(engine("a", 8))
     node.settle()
     node.put(run("t", 6, on_busy=OnBusy.PREEMPT, last_event=5))
@@ -127,7 +127,7 @@ def test_the_model_returns_also_if_the_run_is_stopped_or_fails(end: EngineState)
     assert node.states() == {"a": S.RUNNING, "t": end}
 
 
-def test_a_run_that_is_stopped_before_its_room_is_free_gives_the_room_back() -> None:
+def test_the_model_returns_if_the_run_is_stopped_before_it_starts() -> None:
     node = Node(engine("a", 8))
     node.settle()
     node.put(run("t", 6, on_busy=OnBusy.PREEMPT, last_event=5))
@@ -149,7 +149,7 @@ def test_an_engine_is_also_paused_if_another_engine_of_its_server_is_already_bei
     assert node.engines["engine-b"].desired is PAUSED
 
 
-def test_a_waiting_run_starts_when_the_run_before_it_has_ended_and_says_why_it_waits() -> None:
+def test_a_waiting_run_has_a_reason_and_starts_when_the_run_before_it_has_ended() -> None:
     node = Node(run("s", 7), run("t", 6, last_event=5))
     node.settle()
     assert node.states() == {"s": S.RUNNING, "t": S.QUEUED}
@@ -164,7 +164,7 @@ def test_a_waiting_run_starts_when_the_run_before_it_has_ended_and_says_why_it_w
     assert node.states() == {"s": S.COMPLETED, "t": S.RUNNING}
 
 
-def test_an_engine_that_cannot_wait_or_can_never_fit_fails_with_the_numbers() -> None:
+def test_an_engine_that_must_not_wait_or_can_never_fit_fails_with_the_reason() -> None:
     node = Node(engine("a", 8))
     node.settle()
     node.put(engine("b", 3, on_busy=OnBusy.FAIL))
@@ -179,14 +179,14 @@ def test_an_engine_that_cannot_wait_or_can_never_fit_fails_with_the_numbers() ->
     assert codes["c"].message == "The engine needs 11.0 GB of memory, and the largest device has 10.0 GB."
 
 
-def test_a_run_that_is_larger_than_the_memory_uses_all_of_it_if_its_smallest_need_fits() -> None:
+def test_a_run_that_needs_more_than_all_memory_gets_all_memory_if_its_minimum_fits() -> None:
     node = Node(run("t", 12, least_bytes=4 * GB), run("u", 12, least_bytes=11 * GB))
     node.settle()
     assert node.servers["server-t"].reserved_bytes == 10 * GB
     assert node.states() == {"t": S.RUNNING, "u": S.FAILED}
 
 
-def test_a_run_does_not_wait_for_memory_of_other_programs_if_its_smallest_need_fits() -> None:
+def test_a_run_does_not_wait_for_memory_of_other_programs_if_its_minimum_fits() -> None:
     node = Node(run("t", 8, least_bytes=2 * GB), run("u", 8, least_bytes=7 * GB))
     node.devices = [DeviceMemory("cpu", 10 * GB, foreign_bytes=4 * GB)]
     node.settle()
@@ -209,7 +209,7 @@ def test_a_run_waits_while_another_engine_uses_more_than_it_has_reserved() -> No
     assert node.states() == {"a": S.RUNNING, "t": S.RUNNING}
 
 
-def test_an_engine_starts_at_its_time_and_not_before() -> None:
+def test_an_engine_starts_at_its_scheduled_time_and_not_before() -> None:
     node = Node(run("t", 6, not_before=NOW + timedelta(hours=1)))
     node.settle()
     reason = node.queue.reason(node.engines["engine-t"])
@@ -248,7 +248,9 @@ def test_engines_without_an_estimate_start_at_once() -> None:
 
 
 @given(st.lists(st.integers(-1, 1), min_size=1, max_size=8), st.data())
-def test_a_moved_engine_has_the_wanted_place_within_its_priority(priorities: list[int], data: st.DataObject) -> None:
+def test_a_moved_engine_gets_the_requested_position_among_engines_of_its_priority(
+    priorities: list[int], data: st.DataObject
+) -> None:
     waiting = sorted(
         (engine(str(number), 1, priority=priority, last_event=number) for number, priority in enumerate(priorities)),
         key=rank,

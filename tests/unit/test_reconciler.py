@@ -36,7 +36,7 @@ TIMEOUT_SECONDS = 20.0
 
 
 class World:
-    """A launcher and executor in one, which replaces processes in the tests of the loop."""
+    """A launcher and executor that starts no real processes, for the tests of the reconciler."""
 
     def __init__(self) -> None:
         self.launch_error: Exception | None = None
@@ -88,7 +88,7 @@ class World:
 
 
 class Loop:
-    """A control plane made of these parts, and its store."""
+    """A control plane that uses `World` instead of real processes, and its store."""
 
     def __init__(self, store: Store, lease: Lease, limits: Limits = LIMITS, probe_timeout_seconds: float = 0.2) -> None:
         self.store, self.lease, self.limits = store, lease, limits
@@ -97,7 +97,7 @@ class Loop:
         self.probe_timeout_seconds = probe_timeout_seconds
 
     def add(self, *engines: EngineRecord) -> None:
-        """Add engines; an engine in a state with a process gets a process and a server."""
+        """Add engines. If an engine is in a state that requires a process, also add a process and a server."""
         for engine in engines:
             added = self.store.add(engine if engine.state in (S.VALIDATING, S.QUEUED) else record(id=engine.id), "user",
                                    self.lease)  # fmt: skip
@@ -183,7 +183,7 @@ def test_an_engine_that_cannot_be_launched_fails_with_the_reason_and_its_server_
     assert loop.store.servers("n") == []
 
 
-def test_a_launch_whose_result_is_not_known_is_retried_and_fails_no_engine(loop: Loop) -> None:
+def test_a_launch_with_an_unknown_result_is_retried_and_its_engine_does_not_fail(loop: Loop) -> None:
     loop.add(record())
 
     async def test(loop: Loop) -> None:
@@ -197,7 +197,7 @@ def test_a_launch_whose_result_is_not_known_is_retried_and_fails_no_engine(loop:
 
 
 @pytest.mark.parametrize("state", [S.STARTING, S.RUNNING, S.STOPPING])
-def test_an_engine_that_cannot_be_observed_is_unknown_and_nothing_is_written(
+def test_an_engine_that_cannot_be_observed_keeps_its_state_and_is_not_launched_again(
     loop: Loop, state: EngineState, caplog: pytest.LogCaptureFixture
 ) -> None:
     loop.add(record(state))
@@ -209,7 +209,7 @@ def test_an_engine_that_cannot_be_observed_is_unknown_and_nothing_is_written(
         await loop.ticked(5)
         assert loop.store.last_event() == last
         assert loop.world.launched == []
-        assert sum("cannot be observed" in entry.message for entry in caplog.records) == 1  # once, not at every probe
+        assert sum("cannot be observed" in entry.message for entry in caplog.records) == 1  # logged once, not at every probe
         loop.world.unknown.clear()
         loop.world.alive.clear()
         await loop.until(lambda: loop.state() in (S.FAILED, S.STOPPED))
@@ -217,7 +217,7 @@ def test_an_engine_that_cannot_be_observed_is_unknown_and_nothing_is_written(
     loop.run(test)
 
 
-def test_the_process_of_a_planned_server_is_observed_before_it_is_launched(loop: Loop) -> None:
+def test_a_planned_server_is_not_launched_while_its_process_cannot_be_observed(loop: Loop) -> None:
     loop.add(record())
 
     async def test(loop: Loop) -> None:
@@ -246,7 +246,7 @@ def test_a_launched_server_whose_launch_was_not_recorded_is_adopted(loop: Loop) 
 
 @pytest.mark.parametrize("error", [OperationalError("", {}, Exception("database or disk is full")), StaleWrite("engine-a")])
 @pytest.mark.parametrize("method", ["transition", "update_server"])
-def test_a_failed_write_does_not_affect_other_engines_and_launches_no_engine_twice(
+def test_a_failed_write_does_not_affect_other_engines_and_no_engine_is_launched_twice(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, error: Exception, method: str
 ) -> None:
     loop.add(record(), record(id="engine-b"))
@@ -269,7 +269,7 @@ def test_a_failed_write_does_not_affect_other_engines_and_launches_no_engine_twi
     assert sorted(loop.world.launched) == ["engine-a", "engine-b"]
 
 
-def test_a_slow_launch_is_not_repeated_and_delays_no_other_engine(loop: Loop) -> None:
+def test_a_slow_launch_is_not_repeated_and_does_not_delay_other_engines(loop: Loop) -> None:
     loop.add(record(), record(S.RUNNING, id="engine-b", desired=DesiredState.STOPPED))
 
     async def test(loop: Loop) -> None:
@@ -299,7 +299,7 @@ def test_a_hundred_hung_probes_do_not_delay_the_start_of_a_healthy_engine(loop: 
     loop.run(test)
 
 
-def test_a_stop_is_sent_once_and_its_error_does_not_fail_the_engine(loop: Loop) -> None:
+def test_a_stop_signal_that_cannot_be_sent_is_retried_and_after_that_not_repeated(loop: Loop) -> None:
     loop.add(record(S.RUNNING, DesiredState.STOPPED))
     send = loop.world.signal
 
@@ -343,7 +343,7 @@ def test_without_the_lease_engines_are_observed_and_nothing_is_done(loop: Loop) 
     async def test(loop: Loop) -> None:
         loop.held = None
         await loop.until(lambda: "engine-b" in loop.prober.observed())
-        await loop.ticked()  # even if the loop has not noticed yet
+        await loop.ticked()  # these ticks run as if the lease were still held
         assert (loop.state(), loop.state("engine-b")) == (S.QUEUED, S.RUNNING)
         loop.held = Lease("n", loop.lease.fence - 1)  # another control plane has taken over
         await loop.ticked()
@@ -353,7 +353,7 @@ def test_without_the_lease_engines_are_observed_and_nothing_is_done(loop: Loop) 
     assert (loop.world.launched, loop.world.signals) == ([], [])
 
 
-def test_the_validation_of_one_engine_delays_no_other_and_a_stop_cancels_it(loop: Loop) -> None:
+def test_a_slow_validation_does_not_delay_other_engines_or_the_stop_of_its_own_engine(loop: Loop) -> None:
     loop.add(record(S.VALIDATING, kind=EngineKind.FINETUNE), record(S.VALIDATING, id="engine-b"))
     is_released = False
 
@@ -368,7 +368,7 @@ def test_the_validation_of_one_engine_delays_no_other_and_a_stop_cancels_it(loop
         assert loop.state() is S.VALIDATING
         loop.store.set_desired(loop.store.get("engine-a"), DesiredState.STOPPED, force=False, actor="user", lease=loop.lease)
         await loop.until(lambda: loop.state() is S.STOPPED)
-        assert loop.runner.validator.is_running("engine-a")  # so that its files are not removed meanwhile
+        assert loop.runner.validator.is_running("engine-a")  # the validation still reads the engine's files
         is_released = True
         await loop.until(lambda: not loop.runner.validator.is_running("engine-a"))
         assert loop.state() is S.STOPPED
@@ -377,7 +377,9 @@ def test_the_validation_of_one_engine_delays_no_other_and_a_stop_cancels_it(loop
 
 
 @pytest.mark.parametrize("state", [S.VALIDATING, S.QUEUED])
-def test_an_engine_without_a_process_that_is_killed_is_stopped_and_is_never_launched(loop: Loop, state: EngineState) -> None:
+def test_an_engine_that_is_killed_before_it_has_a_process_is_stopped_and_never_launched(
+    loop: Loop, state: EngineState
+) -> None:
     loop.add(record(state, DesiredState.STOPPED, force=True))
 
     async def test(loop: Loop) -> None:
@@ -390,7 +392,7 @@ def test_an_engine_without_a_process_that_is_killed_is_stopped_and_is_never_laun
 
 
 @pytest.mark.parametrize("policy", [RestartPolicy.NO, RestartPolicy.UNLESS_STOPPED])
-def test_the_figures_of_a_run_are_written_with_the_transition_that_settles_it(loop: Loop, policy: RestartPolicy) -> None:
+def test_the_figures_of_a_run_are_written_with_the_transition_that_ends_it(loop: Loop, policy: RestartPolicy) -> None:
     loop.add(record(S.RUNNING, kind=EngineKind.FINETUNE, restart_policy=policy))
     before = loop.store.get("engine-a")
     loop.world.training["engine-a"] = TrainingProgress(step=7)
@@ -426,9 +428,7 @@ def test_an_engine_that_is_not_valid_fails_with_the_reason(loop: Loop, error: Ex
     assert str(error) in reason.message
 
 
-def test_a_validation_is_repeated_when_a_shortage_of_descriptors_is_over(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_validation_is_retried_if_too_many_files_are_open(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation, "_RETRY_SECONDS", 0.0)
     loop.add(record(S.VALIDATING))
     attempts: list[str] = []
@@ -450,7 +450,7 @@ def test_a_validation_is_repeated_when_a_shortage_of_descriptors_is_over(
     ("policy", "is_restarted"),
     [(RestartPolicy.NO, False), (RestartPolicy.ON_FAILURE, False), (RestartPolicy.UNLESS_STOPPED, True)],
 )
-def test_an_engine_that_exited_while_no_control_plane_ran_is_restarted_unless_it_was_stopped(
+def test_an_engine_that_exited_while_no_control_plane_ran_is_restarted_only_with_unless_stopped(
     loop: Loop, policy: RestartPolicy, is_restarted: bool
 ) -> None:
     loop.add(record(S.RUNNING, restart_policy=policy))

@@ -27,7 +27,7 @@ def test_a_micro_batch_is_halved_and_divides_the_batch(options: dict[str, Any], 
     assert [micro_batch_size(config(**options), halvings) for halvings in range(len(sizes))] == sizes
 
 
-def test_after_the_smallest_micro_batch_activations_are_recomputed_and_then_nothing_is_left() -> None:
+def test_after_the_smallest_micro_batch_gradient_checkpointing_is_the_last_attempt() -> None:
     status, messages = RunStatus(), []
     given = config(batch_size=4, gradient_accumulation_steps=3, method="dpo")
     while saving := next_saving(given, status):
@@ -40,7 +40,7 @@ def test_after_the_smallest_micro_batch_activations_are_recomputed_and_then_noth
     ]
 
 
-def test_only_trl_s_methods_and_several_processes_restart_the_worker() -> None:
+def test_only_runs_with_trl_s_methods_or_several_processes_restart_the_worker() -> None:
     assert not restarts_when_out_of_memory(config())
     assert restarts_when_out_of_memory(config(num_processes=2))
     assert restarts_when_out_of_memory(config(method="dpo"))

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's requests has an effect, is harmless, or is rejected by name."""
+"""Each field of OpenAI's requests has an effect, or cannot change the answer, or is rejected with its name."""
 
 from typing import Any
 
@@ -157,7 +157,7 @@ def test_invalid_values_are_rejected_with_the_field_s_name(more: dict[str, Any])
     ],
     ids=str,
 )  # fmt: skip
-def test_the_form_of_an_answer_is_read(more: dict[str, Any], expected: Output) -> None:
+def test_the_requested_form_of_an_answer_is_read(more: dict[str, Any], expected: Output) -> None:
     assert ChatRequest.model_validate(CHAT | more).output() == expected
 
 
@@ -176,7 +176,7 @@ def test_unknown_fields_are_rejected_with_their_names(name: str) -> None:
         ("a", ["a"]), ("", [""]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]]),
     ],
 )  # fmt: skip
-def test_prompts_are_text_or_token_ids_one_or_several(prompt: Any, read: list[Any]) -> None:
+def test_one_or_several_prompts_can_be_given_as_text_or_as_token_ids(prompt: Any, read: list[Any]) -> None:
     assert CompletionRequest.model_validate(COMPLETION | {"prompt": prompt}).prompt == read
     assert EmbeddingRequest.model_validate(EMBEDDING | {"input": prompt}).input == read
 
@@ -194,7 +194,7 @@ def test_wrong_inputs_are_refused_with_the_reason(given: Any, expected: str) -> 
     assert expected in refusal(EmbeddingRequest, EMBEDDING | {"input": given}).message
 
 
-def test_a_completion_is_scored_without_being_continued() -> None:
+def test_a_completion_request_can_score_a_prompt_without_new_tokens() -> None:
     made = sampling(CompletionRequest, COMPLETION | {"max_tokens": 0, "echo": True, "logprobs": 5})
     assert (made.max_tokens, made.echo, made.top_logprobs) == (0, True, 5)
     assert sampling(CompletionRequest, COMPLETION | {"max_tokens": 5, "max_completion_tokens": 3}).max_tokens == 3
