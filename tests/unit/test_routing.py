@@ -1,4 +1,4 @@
-"""The routing table: the engine that serves a request."""
+"""The routing table finds the engine that serves a request."""
 
 import asyncio
 import time
