@@ -1,6 +1,7 @@
-"""Simulate a day of 500 engines on 16 devices: admission against first come, first served without preemption.
+"""Compare SAGE's admission with the policy "first come, first served", which never preempts an engine.
 
-No hardware is used: devices and engines are simulated, and the decisions are those of `sage.llm.control_plane.admission`.
+The benchmark simulates a day of 500 engines on 16 devices, without hardware. SAGE's decisions are made by
+`sage.llm.control_plane.admission`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ Policy = Callable[[list[DeviceMemory], list[Holder], list[Claim]], dict[str, Dec
 
 @dataclass
 class Engine:
-    """One simulated engine. A model is used until it is stopped; a training run ends after `seconds` of training."""
+    """A simulated engine. A model is stopped `seconds` after its first start; a run ends after `seconds` of training."""
 
     claim: Claim
     is_run: bool
@@ -30,7 +31,7 @@ class Engine:
     seconds: float
     queued_at: float = 0.0
     first_wait: float | None = None  #: from the request to the first start
-    away_seconds: float = 0.0  #: time in which it was paused, restarts included
+    away_seconds: float = 0.0  #: time in which the engine was paused, restarts included
     epoch: int = 0  #: incremented by each pause, so that old events are ignored
 
 
@@ -116,7 +117,7 @@ class Day:
 
 
 def first_come_first_served(devices: list[DeviceMemory], holders: list[Holder], waiting: list[Claim]) -> dict[str, Decision]:
-    """Start engines strictly in the order of the queue; the first that does not fit delays all behind it."""
+    """Start engines strictly in the order of the queue. If an engine does not fit, all later engines wait."""
     decisions = admit(devices, holders, [replace(claim, on_busy=OnBusy.WAIT) for claim in waiting])
     is_blocked = False
     for position, (name, decision) in enumerate(list(decisions.items()), start=1):

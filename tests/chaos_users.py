@@ -1,4 +1,4 @@
-"""The users of a gateway during a chaos test: one asks models, one follows the events, one trains and resumes."""
+"""The users of a gateway during a chaos test: one sends prompts, one reads the change feed, one starts and resumes runs."""
 
 import itertools
 import threading
@@ -18,7 +18,7 @@ _REQUEST_SECONDS, _RETRY_SECONDS = 15.0, 0.2
 
 
 class User:
-    """Repeats `act` in a thread until `stop`. Errors of the gateway and of the connection are counted, then it retries."""
+    """Calls `act` repeatedly in a thread until `stop` is called. Errors of the gateway and the connection are counted."""
 
     def __init__(self, base_url: str) -> None:
         self.client = SageClient(base_url, timeout_seconds=_REQUEST_SECONDS)
@@ -50,7 +50,7 @@ class User:
 
 
 class Asker(User):
-    """Asks the models in turn, without a pause, and compares each answer with the answer before the faults."""
+    """Sends prompts to the models in turn, without a pause, and compares each answer with the answer before the faults."""
 
     def __init__(self, base_url: str, models: list[str]) -> None:
         super().__init__(base_url)
@@ -110,7 +110,7 @@ class Trainer(User):
         for output in self._runs.keys() - started:
             self.client.start_engine(**self._runs[output])
         for engine in self.engines:
-            # A run was started twice if the answer to the first request was lost; its folder belongs to one of the engines.
+            # If the answer to a start request was lost, the run was started twice. Only one of the engines owns the folder.
             if engine.state == "failed" and engine.reason and engine.reason.code != "output_unusable":
                 self.client.resume_engine(engine.id)
                 self.failures[f"{engine.reason.code}: {engine.reason.message}"] += 1

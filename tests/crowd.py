@@ -17,7 +17,7 @@ import psutil
 from yarl import URL
 
 _CLIENTS = 256
-#: `max_tokens` of all requests. Because it is the same for all, the time to wait for earlier requests can be computed.
+#: `max_tokens` of all requests. As all answers are equally long, the time to wait for earlier requests can be computed.
 _TOKENS = 16
 _LONGEST_PAUSE_SECONDS = 3.0
 #: The gateway closes idle connections to engines within this number of seconds.
@@ -34,10 +34,10 @@ class Report:
     slowest_seconds: float = 0.0
     slowest_ahead: int = 0  #: number of requests in progress when the slowest request was sent
     worst_ratio: float = 0.0  #: maximum of `answer time / ((2 + requests in progress) * alone_seconds)`
-    honest_answers: int = 0
+    honest_answers: int = 0  #: number of answers to the patient client
     asked: int = 0
     answered: int = 0
-    left: int = 0
+    left: int = 0  #: requests whose client disconnected before the answer was complete
     server_errors: int = 0
     failed: int = 0  #: connections that the gateway closed before the answer was complete
     memory_bytes: tuple[int, int] = (0, 0)

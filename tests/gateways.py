@@ -46,7 +46,7 @@ async def gateway(
     standby: bool = False,
     **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """Run a gateway and yield an HTTP client of it. If `engine_port` is given, the gateway has one engine named `tiny`.
+    """Run a gateway and yield an HTTP client for it. If `engine_port` is given, the gateway has one engine named `tiny`.
 
     model_name: model name at the engine's server.  key: API key of the server.  parameters: request fields that the server
     supports.

@@ -7,12 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-#: Logits in fp32 differ by less than this between ways to compute them. A smaller lead of the largest logit is a tie.
+#: fp32 logits of two implementations differ by less than this. If the two largest logits differ by less, they are a tie.
 NEAR_TIE = 1e-3
 
 
 def adapter_on(base: Path, folder: Path, seed: int) -> Path:
-    """Create an adapter that changes the answers, which remain sentences."""
+    """Create an adapter that changes the answers. The changed answers are still sentences."""
     torch.manual_seed(seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -25,7 +25,7 @@ def adapter_on(base: Path, folder: Path, seed: int) -> Path:
 
 
 def greedy_tokens(base: Path, adapter: Path | None, question: str, count: int) -> list[int]:
-    """Return the tokens that transformers, and PEFT with the unmerged adapter, generate greedily."""
+    """Return the tokens that transformers generates greedily. An adapter is applied by PEFT, without merging."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter:

@@ -10,7 +10,7 @@ from support import free_port
 
 @contextlib.asynccontextmanager
 async def listening(app: web.Application, port: int | None = None, **options: Any) -> AsyncIterator[int]:
-    """Run a server on a port, by default a free one, and yield the port.  options: those of `web.AppRunner`."""
+    """Run a server on a port, by default a free one, and yield the port.  options: keyword arguments of `web.AppRunner`."""
     port = port or free_port()
     runner = web.AppRunner(app, **options)
     await runner.setup()

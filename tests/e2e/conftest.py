@@ -1,4 +1,4 @@
-"""A real model, a real command line on the PATH, and a folder like a clone's."""
+"""Fixtures: a real model, and a working folder with the examples and with `sage` on the PATH."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def converted_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def smollm2(converted_smollm2: Path, sage_home: Path) -> str:
-    """The name of the real model, whose conversion this home has been spared."""
+    """The name of the real model. This home links to the converted model, so that no test converts it again."""
     models = sage_home / "data/models"
     models.mkdir(parents=True)
     (models / "smollm2-135m-instruct").symlink_to(converted_smollm2)

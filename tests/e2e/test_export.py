@@ -1,4 +1,4 @@
-"""The real model as a GGUF file: the same tokens, and nearly always the same greedy answers."""
+"""The real model as a GGUF file gives the same tokens as transformers, and nearly always the same greedy answers."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ PROMPTS = [
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_the_real_model_in_f32_answers_eight_prompts_as_with_transformers(
+def test_the_real_model_in_f32_answers_eight_prompts_like_transformers(
     smollm2: str, converted_smollm2: Path, tmp_path: Path, llama_cpp: LlamaCpp
 ) -> None:
     output = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Many clients that come and go."""
+"""A load test with many clients that connect and disconnect at random times."""
 
 import asyncio
 import os
@@ -10,7 +10,7 @@ from support import list_engines, sage
 
 
 @pytest.mark.long
-def test_a_crowd_that_comes_and_goes_leaves_nothing_behind_and_breaks_nothing(tiny_model: Path) -> None:
+def test_many_clients_that_disconnect_at_random_cause_no_errors_and_no_leaks(tiny_model: Path) -> None:
     sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
     report = asyncio.run(Crowd(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}", "tiny", seconds=20).run())
     print(report)

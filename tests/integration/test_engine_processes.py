@@ -1,4 +1,4 @@
-"""Inference engines as processes, with a server of a few lines in the place of a model's."""
+"""Inference engines as processes. A small HTTP server that loads no model replaces the inference server."""
 
 import asyncio
 import dataclasses
@@ -106,7 +106,7 @@ async def started(manager: ControlPlaneManager, model: str, name: str | None = N
     return await until(manager, (await start(manager, model, name, **options)).id, S.RUNNING)
 
 
-def test_two_starts_with_one_port_give_one_engine(model: str) -> None:
+def test_only_one_of_several_starts_with_the_same_port_creates_an_engine(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         port = free_port()
         results = await asyncio.gather(*(start(manager, model, port=port) for _ in range(4)), return_exceptions=True)
@@ -129,7 +129,7 @@ def test_a_port_that_another_program_has_is_refused_at_once(model: str) -> None:
     run(test)
 
 
-def test_no_other_program_gets_an_engine_s_port_while_it_loads(model: str) -> None:
+def test_no_other_program_can_bind_an_engine_s_port_while_the_engine_starts(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await start(manager, model, port=free_port(), answers=False)
         await until(manager, engine.id, S.STARTING)
@@ -155,7 +155,7 @@ def test_the_answer_of_another_engine_or_program_does_not_make_an_engine_ready(m
     run(test)
 
 
-def test_the_running_version_serves_until_the_new_one_runs_and_if_that_fails(model: str) -> None:
+def test_the_running_version_serves_until_the_new_version_runs_and_also_if_the_new_version_fails(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         old = await started(manager, model, "words")
         failing = await start(manager, model, "words", exits=1)
@@ -172,11 +172,11 @@ def test_the_running_version_serves_until_the_new_one_runs_and_if_that_fails(mod
     ("options", "message"),
     [
         ({"exits": 3, "says": "No model here."}, "The engine's process exited with code 3: No model here."),
-        ({"exits": 3}, "The engine's process exited with code 3."),  # its last line is a progress bar
+        ({"exits": 3}, "The engine's process exited with code 3."),  # the last line of the log is a progress bar
         ({"exits": 0, "says": "Goodbye."}, "The engine's process exited with code 0."),
     ],
 )
-def test_the_reason_told_is_how_the_process_ended_and_its_own_error(
+def test_the_reason_contains_the_exit_code_and_the_error_that_the_process_printed(
     model: str, options: dict[str, Any], message: str
 ) -> None:
     async def test(manager: ControlPlaneManager) -> None:
@@ -188,7 +188,7 @@ def test_the_reason_told_is_how_the_process_ended_and_its_own_error(
     run(test)
 
 
-def test_an_engine_that_dies_again_and_again_fails_after_its_last_restart_with_the_end_of_its_log(
+def test_an_engine_that_keeps_exiting_fails_after_its_last_restart_and_the_hint_shows_the_end_of_its_log(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sage.llm.control_plane.queueing.backoff_seconds", lambda restarts: 0.01 * restarts)
@@ -207,7 +207,7 @@ def test_an_engine_that_dies_again_and_again_fails_after_its_last_restart_with_t
     run(test)
 
 
-def test_a_killed_engine_is_failed_by_its_signal_and_resumes(model: str) -> None:
+def test_a_killed_engine_fails_with_the_name_of_the_signal_and_can_be_resumed(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await started(manager, model)
         assert engine.pid is not None
@@ -239,7 +239,7 @@ def test_no_process_of_an_engine_is_left_over(model: str, how: str) -> None:
     run(test)
 
 
-def test_a_start_that_takes_too_long_is_failed_when_its_process_is_dead(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_starts_too_slowly_is_killed_and_then_fails(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGE_ENGINE_START_SECONDS", "0.3")
 
     async def test(manager: ControlPlaneManager) -> None:
@@ -254,10 +254,10 @@ def test_a_start_that_takes_too_long_is_failed_when_its_process_is_dead(model: s
     run(test)
 
 
-def test_force_is_written_down_and_done_by_the_next_control_plane_if_this_one_dies(model: str) -> None:
+def test_a_forced_stop_is_stored_and_the_next_control_plane_completes_it(model: str) -> None:
     async def begin(manager: ControlPlaneManager) -> None:
         engine = await started(manager, model, "e")
-        for task in manager._tasks:  # it decides nothing any more
+        for task in manager._tasks:  # this control plane makes no more decisions
             task.cancel()
         await manager.stop_engine(engine.id, force=True)
 
@@ -271,7 +271,9 @@ def test_force_is_written_down_and_done_by_the_next_control_plane_if_this_one_di
 
 
 @pytest.mark.parametrize("step_seconds", [3, -3600, 3600])
-def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.MonkeyPatch, step_seconds: int) -> None:
+def test_a_step_of_the_wall_clock_does_not_affect_engines(
+    model: str, monkeypatch: pytest.MonkeyPatch, step_seconds: int
+) -> None:
     monkeypatch.setenv("SAGE_STOP_SECONDS", "600")
 
     class Stepped(datetime):
@@ -299,7 +301,7 @@ def test_a_step_of_the_clock_changes_nothing(model: str, monkeypatch: pytest.Mon
     run(go_on)
 
 
-def test_an_engine_that_lives_and_does_not_answer_is_told_refused_and_taken_back(
+def test_an_engine_that_does_not_answer_is_reported_and_gets_no_requests_until_it_answers_again(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAGE_ENGINE_UNRESPONSIVE_SECONDS", "0.5")
@@ -352,7 +354,7 @@ def test_an_engine_that_cannot_be_observed_is_listed_with_the_others(model: str,
     run(test)
 
 
-def test_of_remove_and_resume_at_once_one_wins_and_the_other_is_told(model: str) -> None:
+def test_if_an_engine_is_removed_and_resumed_at_once_one_of_the_two_requests_is_refused(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         for _ in range(5):
             engine = await started(manager, model)
@@ -371,7 +373,7 @@ def test_of_remove_and_resume_at_once_one_wins_and_the_other_is_told(model: str)
     run(test)
 
 
-def test_a_long_log_is_cut_and_its_offsets_stay_right(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_is_too_long_is_cut_and_its_offsets_remain_valid(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGE_LOG_LIMIT_MB", "1")
     monkeypatch.setattr("sage.llm.control_plane.manager._LOGS_SECONDS", 0.02)
 
@@ -414,14 +416,14 @@ def test_a_hung_server_is_killed_and_restarted_if_its_policy_says_so(model: str,
     run(test)
 
 
-def test_a_standby_serves_reads_and_inference_refuses_writes_and_takes_over(model: str) -> None:
+def test_a_standby_serves_reads_and_inference_but_refuses_writes_until_it_takes_over(model: str) -> None:
     async def test(active: ControlPlaneManager) -> None:
         standby = ControlPlaneManager(load_settings(), standby=True)
         await standby.open()
         try:
             engine = await started(active, model, "e")
             assert (active.role, standby.role) == ("active", "standby")
-            while not any(route.engine_id == engine.id for route in standby.served()):  # it reads the change feed
+            while not any(route.engine_id == engine.id for route in standby.served()):  # the standby reads the change feed
                 await asyncio.sleep(0.02)
             upstream = await standby.running("e", EngineKind.LLM, wait_seconds=30)
             assert (upstream.engine_id, upstream.address) == (engine.id, engine.address)
@@ -441,7 +443,7 @@ def test_a_standby_serves_reads_and_inference_refuses_writes_and_takes_over(mode
     run(test)
 
 
-def test_a_request_waits_for_a_starting_engine_and_learns_why_it_failed(model: str) -> None:
+def test_a_request_waits_for_a_starting_engine_and_its_error_says_why_the_engine_failed(model: str) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await start(manager, model, "e")
         upstream = await manager.running("e", EngineKind.LLM, wait_seconds=30)

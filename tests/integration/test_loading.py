@@ -1,4 +1,4 @@
-"""What a model's folder may hold, and what is told of one that does not load."""
+"""Errors for models and tokenizers that cannot be loaded."""
 
 import json
 import shutil
@@ -33,7 +33,9 @@ def with_tokens(model: Path, *tokens: str, special: bool) -> Any:
     return tokenizer
 
 
-def test_a_tokenizer_beyond_the_embedding_is_refused_by_its_tokens(model: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_and_the_tokens_are_named(
+    model: Path, tmp_path: Path
+) -> None:
     check_vocabulary(load_tokenizer(model), model)
     rows = json.loads((model / "config.json").read_text())["vocab_size"]
     tokenizer = with_tokens(model, *(f"word{number}" for number in range(7)), special=False)
@@ -58,7 +60,7 @@ def test_a_special_token_beyond_the_embedding_matters_only_if_chats_use_it(model
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "3", "{", '{"model": 1}', '{"model": {"type": "BPE"}}', "null", ""])
-def test_a_broken_tokenizer_is_told_as_that(model: Path, content: str) -> None:
+def test_the_error_for_a_broken_tokenizer_names_its_folder(model: Path, content: str) -> None:
     (model / "tokenizer.json").write_text(content)
     with pytest.raises(ModelError) as caught:
         load_tokenizer(model)
@@ -87,10 +89,10 @@ def drop(path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_model_is_told_as_that_and_none_of_its_code_runs(model: Path, broken: str) -> None:
+def test_the_error_for_a_broken_model_names_its_folder_and_none_of_its_code_runs(model: Path, broken: str) -> None:
     (model / "evil.py").write_text("open('PWNED', 'w')\n")
     BROKEN[broken](model)
-    with pytest.raises(ModelError) as caught:  # noqa: PT012 - the first of the two that meets the fault
+    with pytest.raises(ModelError) as caught:  # noqa: PT012 - either of the two calls may raise the error
         width_of(model)
         load_causal_lm(model, torch.float32)
     assert str(model) in caught.value.message

@@ -53,7 +53,7 @@ async def engines(manager: ControlPlaneManager, number: int) -> list[EngineView]
 
 @pytest.mark.usefixtures("hosting")
 @pytest.mark.parametrize("has_base", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_an_engine_keeps_its_id_and_answers_every_request_while_it_gets_the_server_of_its_merged_model(
+def test_an_engine_keeps_its_id_and_answers_every_request_while_it_moves_to_the_server_of_its_merged_model(
     tiny_model: Path, tmp_path: Path, has_base: bool
 ) -> None:
     adapter = make_adapter(tmp_path / "a", tiny_model)
@@ -69,7 +69,7 @@ def test_an_engine_keeps_its_id_and_answers_every_request_while_it_gets_the_serv
         merged = await before
         assert (merged.state, merged.server_id != tuned.server_id, merged.restarts) == (S.RUNNING, True, 0)
         assert await answered(manager, tuned.id) == str(adapter)
-        await engines(manager, 2 if has_base else 1)  # the merger is removed
+        await engines(manager, 2 if has_base else 1)  # the engine that merged the adapter is removed
         assert await answered(manager, "tuned") == str(adapter)
         assert tuned.pid
         if has_base:
@@ -86,7 +86,7 @@ def test_an_engine_keeps_its_id_and_answers_every_request_while_it_gets_the_serv
 
 
 @pytest.mark.usefixtures("hosting")
-def test_an_engine_that_is_stopped_before_its_adapter_is_merged_stops_the_merger(tiny_model: Path, tmp_path: Path) -> None:
+def test_stopping_an_engine_before_its_adapter_is_merged_also_stops_the_merge(tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "a", tiny_model)
 
     async def test(manager: ControlPlaneManager) -> None:
@@ -104,7 +104,7 @@ def test_an_adapter_that_cannot_be_merged_keeps_answering_and_its_form_names_the
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(MERGED_SPEEDS["cpu"], "hosting")  # type: ignore[arg-type]
-    adapter = make_adapter(tmp_path / "a", tiny_model)  # transformers refuses its weights
+    adapter = make_adapter(tmp_path / "a", tiny_model)  # transformers refuses the adapter's weights
 
     async def test(manager: ControlPlaneManager) -> None:
         tuned = await started(manager, adapter, name="tuned", merge_in_background=True)
@@ -118,7 +118,7 @@ def test_an_adapter_that_cannot_be_merged_keeps_answering_and_its_form_names_the
 
 
 @pytest.mark.usefixtures("hosting")
-def test_a_merge_in_the_background_that_makes_no_sense_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_merge_in_the_background_is_refused_if_other_options_contradict_it(tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "a", tiny_model)
 
     async def test(manager: ControlPlaneManager) -> None:

@@ -1,4 +1,4 @@
-"""Adapters in the server of their base, through a real gateway, with the model's own server."""
+"""Adapters on the server of their base model, tested with a real gateway and real inference servers."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ def client() -> openai.OpenAI:
 
 
 @pytest.mark.long
-def test_an_adapter_answers_from_the_server_of_its_base_as_peft_does(
+def test_an_adapter_on_the_server_of_its_base_gives_the_same_answers_as_peft(
     tiny_model: Path, tmp_path: Path, client: openai.OpenAI
 ) -> None:
     folders = [make_lora(tiny_model, tmp_path / f"a{seed}", seed) for seed in range(2)]
@@ -67,7 +67,7 @@ def test_an_adapter_answers_from_the_server_of_its_base_as_peft_does(
 
 
 def copies(adapter: Path, folder: Path, count: int) -> list[Path]:
-    """Return copies of an adapter with other weights."""
+    """Create copies of an adapter, each with other random weights, and return their folders."""
     weights = load_file(adapter / "adapter_model.safetensors")
     for number in range(count):
         copy = folder / f"a{number}"
@@ -81,7 +81,7 @@ def copies(adapter: Path, folder: Path, count: int) -> list[Path]:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_thirty_adapters_answer_from_one_server_while_others_come_and_go(
+def test_thirty_adapters_answer_from_one_server_while_some_of_them_are_stopped_and_started(
     tiny_model: Path, tmp_path: Path, client: openai.OpenAI
 ) -> None:
     folders = copies(make_lora(tiny_model, tmp_path / "first", 1), tmp_path, 30)

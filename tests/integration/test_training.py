@@ -33,7 +33,7 @@ def options(variant: str, tmp_path: Path) -> dict[str, object]:
     return values
 
 
-def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_writes_an_adapter_a_tokenizer_a_model_card_and_its_record(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT), save_steps=5).start().completed()
     names = {file.name for file in run.output.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "sage_run.json"} <= names
@@ -55,7 +55,7 @@ def test_a_run_leaves_an_adapter_a_tokenizer_a_card_and_its_story(tiny_model: Pa
 @pytest.mark.parametrize(
     "variant", ["packed and scored", *(pytest.param(name, marks=pytest.mark.long) for name in MORE_VARIANTS)]
 )
-def test_a_stopped_run_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, variant: str) -> None:
+def test_a_stopped_and_resumed_run_gives_bit_identical_results(tiny_model: Path, tmp_path: Path, variant: str) -> None:
     chosen = options(variant, tmp_path)
     whole = TinyRun(tiny_model, tmp_path / "whole", **chosen).trained()
     parts = TinyRun(tiny_model, tmp_path / "parts", **chosen).stopped_at(3)
@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path, var
 
 
 @pytest.mark.long
-def test_a_run_in_8_bits_goes_on_bit_for_bit(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_with_an_8_bit_base_gives_bit_identical_results(tiny_model: Path, tmp_path: Path) -> None:
     def begun(name: str) -> TinyRun:
         run = TinyRun(tiny_model, tmp_path / name, pack_tokens=300, eval_path=str(HELDOUT), sample_prompts=["Hello"])
         numbers = {"bf16": False, "bf16_products": False, "int8_products": True}
@@ -110,9 +110,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tiny_model: Path,
     run.completed()
 
 
-def test_a_stop_that_comes_before_the_first_step_leaves_a_model_that_loads(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_before_its_first_step_has_an_adapter_and_can_be_resumed(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT)).start()
-    run.manager.stop(run.task_id)  # it has not even installed its signal handlers
+    run.manager.stop(run.task_id)  # the worker has not yet installed its signal handlers
     status = run.until_ended()
     assert status.state is RunState.STOPPED
     assert (run.output / "adapter_model.safetensors").is_file()
@@ -120,7 +120,7 @@ def test_a_stop_that_comes_before_the_first_step_leaves_a_model_that_loads(tiny_
     run.completed()
 
 
-def test_a_run_goes_on_from_another_run_s_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_can_continue_from_another_run_s_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
     whole = TinyRun(tiny_model, tmp_path / "whole", save_steps=5, keep_checkpoints=9).trained()
     checkpoint = str(whole.path / "checkpoint-5")
     run = TinyRun(tiny_model, tmp_path / "out", resume_from_checkpoint=checkpoint).trained()
@@ -130,12 +130,12 @@ def test_a_run_goes_on_from_another_run_s_checkpoint(tiny_model: Path, tmp_path:
         TinyRun(tiny_model, tmp_path / "none", resume_from_checkpoint=str(tmp_path))
 
 
-def test_a_run_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_killed_after_its_last_step_trains_no_more_steps(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", eval_path=str(HELDOUT)).trained()
     adapter, measured = run.adapter_bytes(), run.run_file()["metrics"]
     events = run.path / "events.jsonl"
     kept = [line for line in events.read_text().splitlines() if '"finished"' not in line]
-    events.write_text("\n".join(kept) + "\n")  # as if it had been killed while it measured its last loss
+    events.write_text("\n".join(kept) + "\n")  # as if the run had been killed during its last evaluation
     again = FinetuneManager()
     again.resume(run.task_id)
     wait_for(lambda: again.status(run.task_id).state is RunState.COMPLETED, "the end")
@@ -143,7 +143,9 @@ def test_a_run_killed_after_its_last_step_only_finishes(tiny_model: Path, tmp_pa
     assert (run.adapter_bytes(), run.run_file()["metrics"]) == (adapter, measured)
 
 
-def test_what_cannot_resume_says_why(tiny_model: Path, tmp_path: Path, train_file: Path) -> None:
+def test_the_error_says_why_a_run_cannot_be_resumed_started_or_deleted(
+    tiny_model: Path, tmp_path: Path, train_file: Path
+) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(train_file), max_steps=30).start().at_step(1)
     with pytest.raises(Conflict, match="is running"):
         run.manager.resume(run.task_id)
@@ -169,7 +171,9 @@ def test_what_cannot_resume_says_why(tiny_model: Path, tmp_path: Path, train_fil
         run.manager.status(run.task_id)
 
 
-def test_a_sample_that_leaves_no_answer_fails_before_the_model_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_dataset_whose_answers_begin_after_the_cutoff_fails_before_the_model_is_loaded(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     data = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "answer")] * 3)
     status = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(data), max_seq_length=32).start().until_ended()
     assert status.state is RunState.FAILED
@@ -178,7 +182,7 @@ def test_a_sample_that_leaves_no_answer_fails_before_the_model_is_loaded(tiny_mo
     assert "Raise max_seq_length" in str(status.hint)
 
 
-def test_what_fails_in_training_says_what_and_keeps_what_was_saved(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_failed_training_names_the_cause(tiny_model: Path, tmp_path: Path) -> None:
     status = TinyRun(tiny_model, tmp_path / "a", target_modules=["no_such_layer"]).start().until_ended()
     assert status.code == "target_modules_unknown"
     broken = tmp_path / "broken"
@@ -208,7 +212,9 @@ def standalone(home: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(argv, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_runs_without_the_control_plane_stop_on_ctrl_c_and_go_on(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+def test_runs_without_the_control_plane_stop_on_ctrl_c_and_can_be_resumed(
+    tiny_model: Path, tmp_path: Path, sage_home: Path
+) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
         f"base_model: {tiny_model}\ndataset_path: {SAMPLES}\noutput_dir: {tmp_path}/out\nmax_steps: 40\nbatch_size: 2\n"
@@ -232,7 +238,7 @@ def test_runs_without_the_control_plane_stop_on_ctrl_c_and_go_on(tiny_model: Pat
     assert "No task 'task-none'" in said
 
 
-def test_a_worker_started_by_hand_holds_the_lock_itself(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_worker_that_is_started_by_hand_completes_its_run(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1)
     argv = [sys.executable, "-m", "sage.libs.finetune.worker"]
     assert subprocess.run([*argv, str(run.path)], check=False).returncode == 0

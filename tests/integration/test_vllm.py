@@ -1,4 +1,4 @@
-"""Engines of vLLM on the 135M model: a real gateway, and transformers with PEFT for comparison. Needs vLLM's environment."""
+"""vLLM engines of SmolLM2-135M behind a real gateway, compared with transformers and PEFT. Needs vLLM's environment."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from sage.llm.control_plane.inventory.gpus import gpu_memory_of, has_gpu
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800), pytest.mark.usefixtures("_vllm")]
 _ANSWER_TOKENS = 16
-#: Of the prompts; with other kernels than torch's, the order of sums differs, and near-ties are decided otherwise.
+#: Minimum share of equal answers. vLLM's kernels sum in another order than torch's, so nearly equal logits may swap.
 _EQUAL_SHARE = 0.9
 
 
@@ -43,7 +43,7 @@ def base() -> Path:
 @pytest.fixture
 def client(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SageClient]:
     monkeypatch.setenv("SAGE_ENGINE_START_SECONDS", "900")
-    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "900")  # other programs may use the cores
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "900")  # vLLM is slow if other programs use the cores
     sage("gateway", "start")
     yield SageClient(f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}", timeout_seconds=600)
     sage("gateway", "stop", check=None)
@@ -83,7 +83,9 @@ def questions() -> list[str]:
     return (asked * 10)[:10]
 
 
-def test_base_and_adapters_answer_as_with_transformers_and_peft(base: Path, tmp_path: Path, client: SageClient) -> None:
+def test_adapters_give_nearly_always_the_same_answers_as_transformers_and_peft(
+    base: Path, tmp_path: Path, client: SageClient
+) -> None:
     adapters = [make_adapter(base, tmp_path / f"adapter-{seed}", seed) for seed in range(2)]
     dora = make_adapter(base, tmp_path / "dora", 3, use_dora=True)
     server = started(client, base)
@@ -106,14 +108,14 @@ def test_base_and_adapters_answer_as_with_transformers_and_peft(base: Path, tmp_
     metrics = httpx.get(f"{client.base_url}/metrics", timeout=60).text
     counts = dict(re.findall(r'^sage_engine_completion_tokens_total\{engine="([^"]+)".*\} (.+)$', metrics, re.MULTILINE))
     served = {engine.name: float(counts[engine.id]) for engine in client.list_engines()}
-    limit = len(questions()) * _ANSWER_TOKENS + 1  # the first request to each adapter has one token
+    limit = len(questions()) * _ANSWER_TOKENS + 1  # when an adapter is loaded, one more request generates one token
     assert all(0 < served[adapter.name] <= limit for adapter in (*adapters, dora)), served
     share = equal / 3 / len(questions())
     print(f"{share:.0%} of the answers are equal")
     assert share >= _EQUAL_SHARE
 
 
-def test_a_server_sleeps_and_wakes_by_the_requests_of_the_control_plane(base: Path, client: SageClient) -> None:
+def test_a_server_sleeps_and_wakes_when_the_control_plane_requests_this(base: Path, client: SageClient) -> None:
     engine = started(client, base)
     host = server(id=engine.server_id, address=engine.address)
 
@@ -126,7 +128,7 @@ def test_a_server_sleeps_and_wakes_by_the_requests_of_the_control_plane(base: Pa
 
 
 @pytest.mark.skipif(not has_gpu(), reason="this machine has no GPU, and vLLM cannot release its memory on a CPU")
-def test_on_a_gpu_an_engine_that_makes_room_sleeps_and_answers_as_before(
+def test_an_engine_that_frees_gpu_memory_for_another_engine_sleeps_and_gives_the_same_answer_later(
     base: Path, tmp_path: Path, client: SageClient
 ) -> None:
     engine = started(client, make_adapter(base, tmp_path / "tuned", 1))
@@ -137,7 +139,7 @@ def test_on_a_gpu_an_engine_that_makes_room_sleeps_and_answers_as_before(
     after = gpu_memory_of(engine.pid or 0)
     assert before
     assert after
-    assert after < before - 10**9  # the cache alone is larger
+    assert after < before - 10**9  # the KV cache alone uses more than 1 GB
     client.stop_engine(other.id)
     assert until_running(client, engine.id).pid == engine.pid
     assert greedy(client, engine) == answer

@@ -52,7 +52,7 @@ def dataset(tmp_path: Path) -> str:
     ("kind", "name"),
     [(EngineKind.LLM, "transformers"), (EngineKind.EMBEDDING, "embedding"), (EngineKind.FINETUNE, "trainer")],
 )
-def test_auto_is_the_only_installed_backend_that_runs_engines_of_the_kind(kind: EngineKind, name: str) -> None:
+def test_auto_selects_the_only_installed_backend_for_the_kind_of_engine(kind: EngineKind, name: str) -> None:
     backend, reason = registry.resolve("auto", kind, model())
     assert backend.name == name
     assert reason is not None
@@ -70,7 +70,7 @@ def test_auto_is_the_only_installed_backend_that_runs_engines_of_the_kind(kind: 
         ("cuda", ("cpu", speeds.processor()), "vllm", "first choice"),
     ],
 )
-def test_auto_is_the_fastest_installed_backend_that_loads_adapters_while_it_runs(
+def test_auto_selects_the_fastest_installed_backend_that_can_load_adapters_at_run_time(
     device: str, measured: tuple[str, str] | None, chosen: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environments, "is_installed", lambda _: True)
@@ -92,7 +92,7 @@ def test_auto_is_the_fastest_installed_backend_that_loads_adapters_while_it_runs
         ("embedding", EngineKind.EMBEDDING, ModelKind.ADAPTER, "need full or hub"),
     ],
 )
-def test_a_backend_that_cannot_run_an_engine_is_refused_with_the_names_of_those_that_can(
+def test_a_backend_that_cannot_run_an_engine_is_refused_with_the_names_of_the_backends_that_can(
     name: str, kind: EngineKind, format_: ModelKind, problem: str
 ) -> None:
     with pytest.raises(ConfigError, match=problem) as caught:
@@ -139,7 +139,9 @@ def test_a_new_backend_needs_only_an_entry_in_the_registry(monkeypatch: pytest.M
     assert spec.argv[0] == Other.interpreter[0]
 
 
-def test_every_inference_server_inherits_the_socket_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_of_every_inference_server_contains_the_port_or_the_socket_of_the_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(environments, "interpreter", lambda name: f"/{name}/bin/python")
     for backend in registry.BACKENDS.values():
         if isinstance(backend, ServingBackend):
@@ -192,7 +194,7 @@ def test_preparing_a_run_creates_nothing(weights: Path, dataset: str, tmp_path: 
         ({"output_dir": "/proc/version"}, "output_unusable"),
     ],
 )
-def test_errors_that_need_no_reading_of_data_are_raised_at_once(
+def test_errors_that_are_found_without_reading_the_data_are_raised_at_once(
     weights: Path, dataset: str, tmp_path: Path, options: dict[str, Any], code: str
 ) -> None:
     if "output_dir" in options:
@@ -253,7 +255,7 @@ def test_validation_reports_a_faulty_dataset_and_creates_nothing(run: EngineReco
     with pytest.raises(DatasetError):
         asyncio.run(finetune.validate(run))
     assert not finetune._run(run).path.exists()
-    asyncio.run(finetune.check_resumable(run))  # with a repaired dataset it can be started
+    asyncio.run(finetune.check_resumable(run))  # the run can be started after the dataset is repaired
     Path(dataset).write_text('{"prompt": "a", "completion": "b"}\n')
     asyncio.run(finetune.validate(run))
 
@@ -263,7 +265,7 @@ def test_a_run_whose_dataset_has_changed_is_not_resumed(run: EngineRecord, datas
     asyncio.run(finetune.validate(run))
     with Path(dataset).open("a") as file:
         file.write('{"prompt": "c", "completion": "d"}\n')
-    asyncio.run(finetune.check_resumable(run))  # fast: reads no data
+    asyncio.run(finetune.check_resumable(run))  # this check is fast, because it does not read the data
     with pytest.raises(Conflict) as caught:
         asyncio.run(finetune.validate(run))
     assert caught.value.code == "dataset_changed"
@@ -278,7 +280,7 @@ def test_a_run_whose_folder_was_removed_is_not_created_again(run: EngineRecord) 
         assert caught.value.code == "task_not_found"
 
 
-def test_servers_keep_the_folders_and_locks_of_earlier_versions(run: EngineRecord, sage_home: Path) -> None:
+def test_servers_use_the_same_folders_and_locks_as_earlier_versions(run: EngineRecord, sage_home: Path) -> None:
     inference = executor()
     engine = record(id="engine-a", model="/m")
     server = inference.plan_server(engine)

@@ -1,4 +1,4 @@
-"""Backups of a home without processes: content, checksums, paths, and refusals."""
+"""Backups of a home in which no process runs: content, checksums, paths, and refusals."""
 
 import gzip
 import json
@@ -99,7 +99,7 @@ def test_the_lease_in_a_restored_database_is_free(home: Path, tmp_path: Path) ->
         assert connection.execute("SELECT fence, holder FROM leases").fetchall() == [(7, None)]
 
 
-def test_paths_follow_the_home_into_which_a_backup_is_restored(
+def test_paths_are_changed_to_the_home_into_which_a_backup_is_restored(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backup = backed_up(tmp_path / "sage.tar.gz")
@@ -114,7 +114,7 @@ def test_paths_follow_the_home_into_which_a_backup_is_restored(
         assert connection.execute("SELECT handle FROM servers").fetchall() == [(f"{run}/worker.lock",)]
 
 
-def test_an_output_folder_inside_the_folder_of_the_runs_is_restored_with_it(home: Path, tmp_path: Path) -> None:
+def test_an_output_folder_inside_the_folder_of_the_runs_is_restored_with_the_runs(home: Path, tmp_path: Path) -> None:
     runs = get_user_paths().finetuned_dir
     (tmp_path / "out").rename(runs / "adapter")
     spec = json.loads((runs / TASK / "spec.json").read_text())
@@ -168,7 +168,9 @@ def test_a_damaged_backup_is_refused_before_anything_is_changed(home: Path, tmp_
     assert content_of(home) == before
 
 
-def test_a_home_with_data_is_refused_or_renamed(home: Path, tmp_path: Path) -> None:
+def test_a_restore_into_a_home_with_data_is_refused_and_with_force_renames_the_old_folders(
+    home: Path, tmp_path: Path
+) -> None:
     backup, state = backed_up(tmp_path / "sage.tar.gz"), get_user_paths().state_dir
     with pytest.raises(Conflict, match=r"engines\.db exists"):
         restored(backup)
@@ -180,7 +182,7 @@ def test_a_home_with_data_is_refused_or_renamed(home: Path, tmp_path: Path) -> N
     assert not (state / "newer").exists()
 
 
-def test_a_home_whose_processes_run_is_refused(home: Path, tmp_path: Path) -> None:
+def test_a_restore_into_a_home_with_running_processes_is_refused(home: Path, tmp_path: Path) -> None:
     backup = backed_up(tmp_path / "sage.tar.gz")
     with (
         claimed_lock(get_user_paths().finetuned_dir / TASK / "worker.lock"),
@@ -214,7 +216,7 @@ def test_too_little_disk_space_is_reported_before_anything_is_restored(
     assert content_of(home) == before
 
 
-def test_a_database_on_a_server_is_refused_without_its_password(
+def test_a_database_on_a_server_is_refused_and_the_error_does_not_contain_the_password(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAGE_DATABASE_URL", "postgresql://sage:secret@db.example.com/sage")

@@ -1,4 +1,4 @@
-"""How tokens are chosen: the filters of transformers, penalties, and random numbers by answer."""
+"""How tokens are chosen: filters, penalties, and separate random numbers for each answer."""
 
 from typing import Any
 
@@ -34,7 +34,9 @@ def chooser(prompt: list[int] | None = None, **sampling: Any) -> Chooser:
     ids=str,
 )
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_tokens_are_drawn_as_often_as_transformers_filters_say(filters: dict[str, Any], temperature: float) -> None:
+def test_tokens_are_drawn_with_the_probabilities_that_the_filters_of_transformers_give(
+    filters: dict[str, Any], temperature: float
+) -> None:
     logits = logits_of(1)
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
     for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
@@ -47,13 +49,13 @@ def test_tokens_are_drawn_as_often_as_transformers_filters_say(filters: dict[str
     assert float((drawn - expected).abs().max()) < 5 * (0.25 / DRAWS) ** 0.5  # five standard deviations
 
 
-def test_a_wide_nucleus_is_found_beyond_the_first_tokens() -> None:
+def test_top_p_keeps_nearly_all_tokens_if_they_are_equally_probable() -> None:
     flat = torch.zeros(VOCABULARY)
     drawing = chooser(seed=1, temperature=1.0, top_p=0.99)
     assert len({drawing.choose([], flat) for _ in range(DRAWS)}) > 600
 
 
-def test_a_repetition_penalty_is_that_of_transformers() -> None:
+def test_the_repetition_penalty_equals_the_penalty_of_transformers() -> None:
     penalized, answer = chooser(prompt=[3, 4], temperature=0.0, repetition_penalty=1.7), list[int]()
     theirs = RepetitionPenaltyLogitsProcessor(1.7)
     for step in range(30):
@@ -63,7 +65,7 @@ def test_a_repetition_penalty_is_that_of_transformers() -> None:
         assert answer[-1] == expected
 
 
-def test_penalties_count_the_answer_and_leave_the_logits_as_they_were() -> None:
+def test_penalties_apply_to_tokens_of_the_answer_and_do_not_change_the_given_logits() -> None:
     penalized, answer = (
         chooser(temperature=0.0, frequency_penalty=0.5, presence_penalty=1.0, logit_bias={7: 2.0}),
         list[int](),
@@ -84,7 +86,7 @@ def test_penalties_count_the_answer_and_leave_the_logits_as_they_were() -> None:
     "sampling", [{"presence_penalty": 0.01}, {"frequency_penalty": 0.01}, {"repetition_penalty": 1.001}], ids=str
 )
 def test_penalties_are_not_rounded_to_the_model_s_precision(sampling: dict[str, float]) -> None:
-    logits = torch.full((5,), 20.0, dtype=torch.bfloat16)  # the next smaller number is 19.875
+    logits = torch.full((5,), 20.0, dtype=torch.bfloat16)  # the next smaller bfloat16 number is 19.875
     assert chooser(prompt=[0], temperature=0.0, **sampling).choose([0], logits) == 1
 
 

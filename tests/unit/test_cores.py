@@ -71,14 +71,14 @@ def launch(devices: tuple[str, ...] | None = CPU, **values: object) -> Launch:
         (launch(devices=GPU), [ON_CPU], None, None),
         (launch(), [server(ServerState.CLOSING, devices=CPU)], None, 8),
         (launch(), [server(devices=CPU, options={"threads": 6})], None, 2),
-        (launch(), [server(devices=CPU)], 5, 3),  # a training run has no options in its server
+        (launch(), [server(devices=CPU)], 5, 3),  # the server record of a training run has no options
         (launch(options={"threads": 3}), [ON_CPU], None, 3),
         (launch(**TRAINING), [ON_CPU], 2, 2),
         (launch(threads=7), [ON_CPU], None, 4),
         (launch(threads=7, **RESUMED), [ON_CPU], None, 7),
-        (launch(threads=None, **RESUMED), [ON_CPU], None, None),  # it began with the default of its program
+        (launch(threads=None, **RESUMED), [ON_CPU], None, None),  # the run began with the default number of threads
         (launch(threads=7, **RESUMED), [ON_CPU], 2, 2),
-        (Launch(record(), server(ServerState.PLANNED)), [ON_CPU], None, None),  # it already has its threads
+        (Launch(record(), server(ServerState.PLANNED)), [ON_CPU], None, None),  # the server already has a number of threads
     ],
 )
 def test_a_launch_on_the_cpu_gets_its_share_of_the_cores_and_a_resumed_run_keeps_its_threads(
@@ -127,7 +127,7 @@ def test_only_ready_servers_that_report_their_threads_are_adjusted() -> None:
     ]  # fmt: skip
 
 
-def test_a_change_that_fails_is_repeated_and_only_one_is_in_progress() -> None:
+def test_a_failed_change_is_repeated_and_only_one_change_is_in_progress() -> None:
     calls: list[int] = []
 
     async def refuse(_: ServerRecord, threads: int) -> None:

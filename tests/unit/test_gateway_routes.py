@@ -1,4 +1,4 @@
-"""Routes over HTTP, between small engines of the test."""
+"""Routes over HTTP. The engines are small HTTP servers in the test's process."""
 
 import asyncio
 import contextlib
@@ -112,7 +112,7 @@ def test_a_standby_refuses_to_set_a_route_and_follows_the_active_gateway() -> No
     run(test)
 
 
-def test_a_route_is_changed_under_requests_and_none_of_them_fails() -> None:
+def test_no_request_fails_while_a_route_is_changed() -> None:
     async def test() -> None:
         async with gateway_with("one", "two") as client:
 
@@ -130,7 +130,7 @@ def test_a_route_is_changed_under_requests_and_none_of_them_fails() -> None:
             asking = [asyncio.create_task(ask()) for _ in range(4)]
             for name in ("two", "one") * 10:
                 await point_to(name)
-                assert await answered_by(client) == name  # from the change on
+                assert await answered_by(client) == name  # the change applies at once
             is_over.set()
             await asyncio.gather(*asking)
             assert set(found) == {"one", "two"}
@@ -138,7 +138,7 @@ def test_a_route_is_changed_under_requests_and_none_of_them_fails() -> None:
     run(test)
 
 
-def test_requests_are_split_by_weight_and_a_user_and_else_a_key_stay_with_one_engine() -> None:
+def test_requests_are_split_by_weight_and_requests_of_one_user_or_key_go_to_one_engine() -> None:
     async def test() -> None:
         async with gateway_with("one", "two") as client:
             body = {"engines": [{"engine": "one", "weight": 3}, {"engine": "two", "weight": 1}]}
@@ -154,7 +154,7 @@ def test_requests_are_split_by_weight_and_a_user_and_else_a_key_stay_with_one_en
     run(test)
 
 
-def test_an_engine_that_answers_instead_of_another_one_is_named_in_the_answer() -> None:
+def test_the_answer_names_the_fallback_engine_that_answered() -> None:
     async def test() -> None:
         async with gateway_with("base") as client:
             await client.put(f"{ROUTES}/prod", json={"engines": [{"engine": "stopped"}], "fallback": "base"})

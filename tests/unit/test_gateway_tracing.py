@@ -24,7 +24,7 @@ if_sdk = pytest.mark.skipif(
 
 @contextlib.asynccontextmanager
 async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Any]]:
-    """Run a receiver, let gateways that are created send to it, and yield the list of received spans."""
+    """Run an OTLP receiver and yield the list of received spans. Gateways that are created in the block send spans there."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     spans: list[Any] = []
@@ -52,7 +52,7 @@ def attributes(span: Any) -> dict[str, Any]:
 
 
 @if_sdk
-def test_a_request_has_one_span_between_that_of_the_client_and_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gateway_adds_one_span_between_the_client_s_span_and_the_engine_s_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     passed = ""
 
     async def answer(request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""The devices of a node: GPUs as NVIDIA's library reports them, fake GPUs, main memory; and who uses their memory."""
+"""The devices of a node (GPUs that NVIDIA's library reports, fake GPUs, main memory) and the engines that use them."""
 
 import os
 import socket
@@ -112,7 +112,7 @@ def test_gpus_and_the_mig_devices_of_partitioned_gpus_are_listed() -> None:
 
 
 @pytest.mark.usefixtures("nvml")
-def test_a_device_has_the_engines_that_use_its_memory_or_have_reserved_it() -> None:
+def test_a_device_lists_the_engines_that_use_or_have_reserved_its_memory() -> None:
     running = Occupant("engine-a", "a", PID, 1000, ("cuda:0",), 70)
     starting = Occupant("engine-b", "b", None, None, ("cuda:2", "cpu"), 15)
     devices = {device.id: device for device in Inventory(load_settings()).devices([running, starting])}
@@ -159,7 +159,7 @@ def test_a_process_sees_only_the_gpus_that_it_was_given(devices: tuple[str, ...]
 
 
 @pytest.mark.usefixtures("nvml")
-def test_a_process_without_devices_may_use_all_and_one_with_a_missing_device_is_not_launched() -> None:
+def test_a_process_without_assigned_devices_may_use_all_gpus_and_a_missing_device_is_an_error() -> None:
     assert Inventory(load_settings()).variables(()) == {}
     with pytest.raises(EngineError, match=r"does not have the devices cuda:1, cuda:9\."):
         Inventory(load_settings()).variables(("cuda:9", "cuda:0", "cuda:1"))
@@ -224,15 +224,15 @@ def test_fake_devices_replace_the_gpus_and_are_named_as_fake(monkeypatch: pytest
         ([(100, 30)], 20, None, 100, 10),
         ([(100, 30)], 40, None, 100, 0),
         ([(100, 30), (50, 30)], 20, None, 50, 10),
-        ([(100, 80), (50, 30)], 20, None, 50, 10),  # the machine has 40 left, the group has 40
-        ([(100, 95), (50, 30)], 20, None, 50, 25),  # the machine has 25 left
+        ([(100, 80), (50, 30)], 20, None, 50, 10),  # without own processes, machine and cgroup have 40 free each
+        ([(100, 95), (50, 30)], 20, None, 50, 25),  # without own processes, the machine has 25 free
         ([(100, 30)], 0, 60, 60, 0),  # other programs leave 70
         ([(100, 30)], 0, 90, 90, 20),
         ([(100, 30)], 0, 200, 100, 30),
         ([(100, 30), (50, 45)], 40, 20, 20, 0),
     ],
 )
-def test_the_smallest_limit_is_usable_and_only_the_memory_that_is_left_is_free(
+def test_the_smallest_limit_is_usable_and_memory_of_other_programs_is_subtracted(
     bounds: list[tuple[int, int]], own: int, limit: int | None, usable: int, foreign: int
 ) -> None:
     found = within("cpu", [MemoryLimit(*bound) for bound in bounds], own, limit)

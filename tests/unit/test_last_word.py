@@ -41,7 +41,7 @@ def test_the_error_names_the_disk_that_is_full(
 
 
 def test_the_error_names_the_unusable_file_and_the_next_step(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _: Usage(0))  # not the cause
+    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _: Usage(0))  # the disk is full, but this is not the cause
     error = reported(OSError(errno.EROFS, os.strerror(errno.EROFS), "/out/.partial"), run)
     assert error.message.startswith("/out/.partial cannot be used: Read-only file system.")
     assert "then `resume`" in error.hint

@@ -18,7 +18,7 @@ SHAPES = {"embed_tokens": (100, 8), "layers.0.up_proj": (24, 8), "layers.0.down_
 
 
 def plan(allowed_bytes: int, **options: Any) -> MemoryPlan:
-    """Return the plan of a run of a small model that may use `allowed_bytes`."""
+    """Return the plan of a run that trains a small model and may use `allowed_bytes`."""
     needs, free_bytes = memory(**options), 10**12
     return MemoryPlan(FP32, needs, free_bytes, None, allowed_bytes)
 

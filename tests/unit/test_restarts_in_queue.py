@@ -12,7 +12,7 @@ from sage.llm.control_plane.queueing import Memory
 from sage.llm.control_plane.watch import Watch
 
 QUEUED, GB = EngineState.QUEUED, 10**9
-#: A model that was killed is restarted; a run has waited for longer. Only one of them fits.
+#: The model was killed and waits for its restart. The run has waited longer. The memory suffices for only one of the two.
 MODEL = record(QUEUED, id="engine-model", reserved_bytes=8 * GB, dedicated=True, restarts=1, last_event=9)
 RUN = record(
     QUEUED, id="engine-run", kind=EngineKind.FINETUNE, backend="trainer", reserved_bytes=6 * GB, dedicated=True, last_event=1

@@ -1,4 +1,4 @@
-"""The routing table: the engine that serves a request."""
+"""The routing table finds the engine that serves a request."""
 
 import asyncio
 import time
@@ -51,7 +51,7 @@ def test_the_newest_responsive_engine_serves_and_the_others_wait(
     states: list[tuple[str, EngineState]], unresponsive: str, found: str, model: str, reverse: bool
 ) -> None:
     table = RoutingTable("n")
-    for number, (name, state) in sorted(enumerate(states), reverse=reverse):  # whatever the order in which they are read
+    for number, (name, state) in sorted(enumerate(states), reverse=reverse):  # in both orders, the result is the same
         table.apply(record(state, id=name, first_event=number, last_event=number), None)
     assert find(table, model, unresponsive).engine_id == found
 
@@ -71,7 +71,7 @@ def test_an_engine_is_found_by_its_id_its_name_and_its_model() -> None:
         table.find("assistant", K.EMBEDDING, lambda _: True)
 
 
-def test_the_only_engine_that_runs_and_does_not_respond_is_reported_and_not_waited_for() -> None:
+def test_a_request_fails_at_once_if_the_only_running_engine_does_not_respond() -> None:
     with pytest.raises(Overloaded, match="does not respond"):
         find(table_of(("engine-a", S.RUNNING)), "m", unresponsive="engine-a")
 
@@ -127,7 +127,7 @@ def test_the_only_engine_can_stop_and_is_no_longer_routed() -> None:
     assert table.get("engine-a") is None
 
 
-def test_the_routes_of_a_kind_are_listed_the_running_ones_first() -> None:
+def test_the_routes_of_a_kind_are_listed_with_running_engines_first() -> None:
     table = table_of(("a", S.RUNNING), ("b", S.STARTING), ("c", S.RUNNING), ("d", S.STOPPING))
     assert [route.engine_id for route in table.routes(K.LLM)] == ["c", "a", "b"]
     assert table.routes(K.EMBEDDING) == []
@@ -213,7 +213,7 @@ def named(name: str, *engines: str, fallback: str | None = None) -> RouteRecord:
     return RouteRecord(name, tuple(RouteTarget(engine=engine) for engine in engines), fallback, datetime.now(UTC))
 
 
-def test_a_route_precedes_an_engine_of_the_same_name_and_may_lead_to_that_engine() -> None:
+def test_a_route_takes_precedence_over_an_engine_of_the_same_name_and_may_lead_to_that_engine() -> None:
     table = RoutingTable("n")
     table.apply(record(S.RUNNING, id="engine-a", name="prod"), None)
     table.apply(record(S.RUNNING, id="engine-b", name="other"), None)
@@ -246,7 +246,7 @@ def test_a_route_leads_to_engines_by_id_name_and_model_but_not_to_another_route(
         ({"base": S.STARTING}, "", "base"),
     ],
 )
-def test_another_engine_of_a_route_answers_before_the_fallback_and_whoever_answers_before_one_that_starts(
+def test_a_route_prefers_responsive_engines_to_starting_engines_and_its_own_engines_to_the_fallback(
     states: dict[str, EngineState], unresponsive: str, found: str
 ) -> None:
     table = table_of(*states.items())
@@ -256,7 +256,7 @@ def test_another_engine_of_a_route_answers_before_the_fallback_and_whoever_answe
     assert find(table, "prod", unresponsive).engine_id == found
 
 
-def test_a_client_of_a_split_route_stays_with_one_engine_while_that_one_answers() -> None:
+def test_all_requests_of_one_client_to_a_split_route_go_to_the_same_engine() -> None:
     table = RoutingTable("n")
     for name in ("one", "two"):
         table.apply(record(S.RUNNING, id=name, name=name), None)
@@ -284,19 +284,19 @@ def test_a_route_that_another_process_writes_reaches_the_table_through_the_chang
     asyncio.run(follow())
 
 
-def test_a_paused_engine_is_waited_for_and_loaded_again_though_another_one_of_its_route_answers() -> None:
+def test_a_paused_engine_is_loaded_again_even_if_another_engine_of_its_route_answers_the_request() -> None:
     wanted: list[str] = []
     table = RoutingTable("n", wanted.append)
     for name, state in (("one", S.PAUSED), ("two", S.PAUSED), ("base", S.RUNNING)):
         table.apply(record(state, id=name, name=name), None)
     assert find(table, "one").engine_id == "one"
-    assert wanted == []  # the request itself waits for it
+    assert wanted == []  # the request itself waits for the engine
     table.set_named_routes([named("prod", "one", fallback="base"), named("both", "one", "two", fallback="base")])
     assert (find(table, "prod").engine_id, wanted) == ("base", ["one"])
     assert (find(table, "both").engine_id, len(wanted)) == ("base", 2)
 
 
-def test_an_engine_that_is_being_paused_is_waited_for_and_one_that_stops_is_not() -> None:
+def test_a_request_waits_for_an_engine_that_is_being_paused_but_not_for_an_engine_that_stops() -> None:
     table = RoutingTable("n")
     table.apply(record(S.STOPPING, DesiredState.PAUSED, idle_stop_minutes=5.0), None)
     assert find(table, "m").state is S.STOPPING

@@ -24,7 +24,7 @@ SCRIPTS = [
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """A tokenizer like that of GPT-2: an emoji is several tokens."""
+    """A byte-level tokenizer, as in GPT-2: an emoji is several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -35,7 +35,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """A tokenizer like that of Llama 2: spaces are part of words, the first is dropped, unknown characters are bytes."""
+    """A tokenizer as in Llama 2: tokens contain spaces, decoding drops the first space, unknown characters become bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -84,7 +84,7 @@ def test_streamed_text_equals_the_decoded_answer_for_any_text(tokenizer: Any, te
 
 @settings(deadline=None, derandomize=True)
 @given(ids=st.lists(st.integers(0, len(TOKENIZERS["byte-level"]) - 1), max_size=60))
-def test_broken_characters_are_streamed_as_they_are_decoded(ids: list[int]) -> None:
+def test_streamed_text_equals_the_decoded_answer_for_any_tokens(ids: list[int]) -> None:
     tokenizer = TOKENIZERS["byte-level"]
     assert "".join(streamed(tokenizer, ids)) == decode(tokenizer, ids)
 

@@ -1,4 +1,4 @@
-"""Tool calls and reasoning in an answer are found, whole or in pieces, and what only looks like them stays text."""
+"""Tool calls and reasoning are found in whole and in streamed answers. Text that only looks like a tool call stays text."""
 
 import json
 from typing import Any
@@ -75,13 +75,13 @@ CASES = [*CALLS_AND_THOUGHTS, *((answer_format, text, (text, "", [])) for answer
 
 
 @pytest.mark.parametrize(("answer_format", "text", "expected"), CASES, ids=[case[1][:50] for case in CASES])
-def test_an_answer_is_split_the_same_whole_and_in_pieces(answer_format: AnswerFormat, text: str, expected: Any) -> None:
+def test_whole_and_streamed_answers_are_split_in_the_same_way(answer_format: AnswerFormat, text: str, expected: Any) -> None:
     for length in (len(text), 1, 2, 3, 7):
         pieces = [text[at : at + length] for at in range(0, len(text), length)]
         assert read(answer_format, pieces) == expected, length
 
 
-def test_without_tools_a_call_is_text_and_comes_at_once() -> None:
+def test_without_tools_a_tool_call_is_text_and_is_not_held_back() -> None:
     text = '<tool_call>{"name": "now"}</tool_call>'
     reader = AnswerReader(HERMES, {})
     assert reader.push(text) == Part(text)
@@ -105,7 +105,7 @@ def chat(pieces: list[Piece]) -> ChatShape:
 CALLS = '<tool_call>{"name": "now"}</tool_call><tool_call>{"name": "now"}</tool_call>'
 
 
-def test_calls_have_openai_s_shape_with_ids_of_their_own_and_their_finish_reason() -> None:
+def test_tool_calls_have_openai_s_format_distinct_ids_and_their_own_finish_reason() -> None:
     pieces = [Piece("Wait. "), Piece(CALLS), Piece("", finish_reason="stop", completion_tokens=9)]
     choice = chat(pieces).whole(pieces)["choices"][0]
     message = choice["message"]
