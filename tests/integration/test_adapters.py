@@ -124,7 +124,7 @@ def test_training_can_start_from_an_adapter_on_a_tied_head(models: dict[str, Pat
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_adapters_that_peft_ties_are_merged_as_peft_computes_them(
+def test_a_merged_adapter_on_tied_weights_computes_the_logits_of_peft(
     models: dict[str, Path], tmp_path: Path, tie: bool
 ) -> None:
     torch.manual_seed(0)

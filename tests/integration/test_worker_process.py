@@ -34,7 +34,7 @@ class Worker:
 
 @pytest.fixture
 def worker(tiny_model: Path, tmp_path: Path) -> Iterator[Worker]:
-    """A worker with a context that takes hours to fill, listening on an inherited socket."""
+    """A worker that listens on an inherited socket, and whose context takes hours to fill."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())

@@ -110,6 +110,6 @@ def test_a_merger_has_the_precision_context_and_slots_of_the_engine_and_the_fast
         tuned(options=options, on_busy=OnBusy.PREEMPT, base_version="v", threads=2), Observed(alive=True, context_tokens=99)
     )
     assert (found.backend, found.dedicated, found.merges, found.merger_id) == (backend, True, "engine-x", None)
-    assert (found.on_busy, found.base_version, found.threads) == (OnBusy.FAIL, None, None)  # it does not preempt engines
+    assert (found.on_busy, found.base_version, found.threads) == (OnBusy.FAIL, None, None)  # mergers do not preempt engines
     assert expected.items() <= found.options.items()
     assert found.name != "m"

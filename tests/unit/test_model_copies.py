@@ -17,7 +17,7 @@ from sage.llm.workers import vllm
 
 
 def make_copy(home: Path, name: str, *, used_seconds: int, size_bytes: int = 100) -> Path:
-    """Make a copy `KIND/KEY` that no process uses."""
+    """Make a copy that no process uses. name: `KIND/KEY`."""
     folder = home / "cache" / name
     private_folder(folder)
     (folder / "weights").write_bytes(bytes(size_bytes))
@@ -35,7 +35,7 @@ def test_the_copies_used_longest_ago_are_deleted_until_the_rest_fits(sage_home: 
     assert copies.copies_bytes() == 200
 
 
-def test_a_copy_that_a_process_uses_is_kept_even_if_it_is_the_oldest(sage_home: Path) -> None:
+def test_a_copy_that_a_process_uses_is_kept_even_if_it_was_used_longest_ago(sage_home: Path) -> None:
     used, unused = make_copy(sage_home, "gguf/a", used_seconds=1), make_copy(sage_home, "gguf/b", used_seconds=2)
     with used.with_name(".a.use").open() as use:
         fcntl.flock(use, fcntl.LOCK_SH)
