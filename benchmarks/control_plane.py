@@ -85,7 +85,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 @contextlib.contextmanager
 def _gateway() -> Iterator[int]:
-    """Run a gateway on this process's SAGE_HOME and yield its PID."""
+    """Run a gateway with the SAGE_HOME of this process, and yield the PID of the gateway."""
     environment = {**os.environ, "SAGE_GATEWAY_PORT": str(_PORT), "SAGE_LOG_LEVEL": "ERROR"}
     process = subprocess.Popen([sys.executable, "-m", "sage.llm.gateway"], env=environment)
     try:
@@ -102,7 +102,7 @@ def _gateway() -> Iterator[int]:
 
 
 def list_pages() -> Iterator[tuple[str, str]]:
-    """Measure the first page of the list, oldest or newest first, and a minimal route that returns the same JSON."""
+    """Measure the first page of the list in both orders. Compare each with a minimal route that returns the same JSON."""
     with httpx.Client(base_url=f"http://127.0.0.1:{_PORT}", trust_env=False, timeout=60) as client:
         for order in ("asc", "desc"):
             route = f"{_LIST}&order={order}"
@@ -176,7 +176,7 @@ async def _manager():  # type: ignore[no-untyped-def]
 
 
 async def routing_ms(engine: str) -> float:
-    """Return the median time to find the engine of a request by its name, in milliseconds."""
+    """Return the median time to find the engine for a model name in a request, in milliseconds."""
     async with _manager() as manager:
         await manager.running(engine, EngineKind.LLM, 60)
         return await _median_ms(lambda: manager.running(engine, EngineKind.LLM, 1), 5000)

@@ -1,4 +1,4 @@
-"""Measure how a served model makes room for a training run and returns, while a client sends one request a second.
+"""Measure how a served model is paused for a training run and runs again, while a client sends one request per second.
 
 The model and the run do not fit into `memory_limit_gb` together, and the run is started with `--on-busy preempt`.
 The client retries a 503 after the time in `Retry-After`. Both values of the setting `paused_requests` are measured.
@@ -50,7 +50,7 @@ class Outcome:
 
     seconds: dict[str, float]  #: duration of each phase
     replies: list[Reply]
-    expected: str  #: the text of a right answer
+    expected: str  #: the text of a correct answer
 
     def row(self, setting: str) -> tuple[str, ...]:
         """Return the outcome as a row of the table."""
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 async def make_room(client: SageClient, base: Path, work: Path, steps: int) -> Outcome:
-    """Serve the model, train, and wait until the model has returned; a client sends requests all the time."""
+    """Serve the model, train, and wait until the model runs again. A client sends requests all the time."""
     served, _ = await asyncio.to_thread(start, client, base, "served", "transformers", {})
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         expected = (await ask(session, client.base_url)).text
@@ -105,7 +105,7 @@ async def make_room(client: SageClient, base: Path, work: Path, steps: int) -> O
 
 
 async def send(session: aiohttp.ClientSession, url: str, requests: list[asyncio.Task[Reply]]) -> None:
-    """Send a request every second, also if earlier requests have no answer yet."""
+    """Send a request every second, even if earlier requests have no answer yet."""
     while True:
         requests.append(asyncio.create_task(ask(session, url)))
         await asyncio.sleep(EVERY_SECONDS)

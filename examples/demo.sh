@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on the real SmolLM2-135M-Instruct: ask, train, ask again. Everything it writes goes below .demo/.
+# Demo with the real SmolLM2-135M-Instruct: ask questions, fine-tune, ask again. All files are written below .demo/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export SAGE_HOME="$PWD/.demo"
@@ -18,7 +18,7 @@ engines=()
 trap leave EXIT
 rm -rf "$adapter"
 
-ask() { # ask MODEL FILE: one answer a line, with greedy decoding
+ask() { # ask MODEL FILE: write one answer per line to FILE, with greedy decoding
   for question in "${questions[@]}"; do
     sage llm chat "$1" --message "$question" --temperature 0 --max-tokens 60 | tr '\n' ' '
     echo

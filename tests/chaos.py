@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 from clock import SteppedClock
 
-#: Text in the command line of a process by role.
+#: For each role: text that the command line of its processes contains.
 ROLES = {"gateway": "sage.llm.gateway", "run": "sage.libs.finetune.worker", "server": "sage.llm.workers"}
 #: Mean seconds between two faults.
 _PAUSE_SECONDS = 2.0
-#: Minimum and maximum seconds that a fault lasts. The longest are longer than the lease of a control plane.
+#: Minimum and maximum seconds that a fault lasts. The longest faults last longer than the lease of a control plane.
 _DURATION_SECONDS = (0.5, 11.0)
 _CLOCK_STEPS_SECONDS = (3, -3, 3600, -3600, 86_400)
 #: Maximum seconds to wait for a run with a checkpoint.
@@ -38,7 +38,7 @@ def processes(home: Path, role: str = "") -> list[psutil.Process]:
 
 
 class Chaos:
-    """Injects one fault after another. Each fault returns the function that ends the fault, or None if nothing was found."""
+    """Injects one fault after another. A fault returns a function that ends the fault, or None if there was no target."""
 
     def __init__(self, home: Path, clock: SteppedClock, seed: int, *, is_disk_small: bool) -> None:
         """is_disk_small: `home` is on a small file system of its own, which may be filled."""
@@ -62,7 +62,7 @@ class Chaos:
             self._faults["full disk"] = self._fill_disk
 
     def inject(self, seconds: float) -> None:
-        """Inject faults for some seconds, each kind in turn, in a new random order each time. Then end all faults."""
+        """Inject faults for some seconds, then end all faults. Each round injects every kind once, in a random order."""
         began, order = time.monotonic(), list[str]()
         while (now := time.monotonic() - began) < seconds:
             order = order or self._schedule.sample(list(self._faults), len(self._faults))

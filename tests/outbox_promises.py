@@ -39,7 +39,7 @@ class OutboxPromises:
                 "event_id": engine.last_event,
             }  # fmt: skip
 
-    def test_a_message_outlives_its_engine_and_is_read_after_those_with_fewer_attempts(self, store: Store) -> None:
+    def test_a_message_is_kept_without_its_engine_and_is_read_after_messages_with_fewer_attempts(self, store: Store) -> None:
         lease = lease_of(store)
         for name in ("engine-a", "engine-b"):
             engine = store.add(record(S.RUNNING, id=name), "user", lease)

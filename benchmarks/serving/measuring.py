@@ -28,7 +28,7 @@ SAME_PRECISION: dict[str, tuple[dict[str, Any], str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """The speed of a backend in one case, which is a row of the results."""
+    """One row of the results: the speed of a backend in one case."""
 
     models: str  #: "base", "1 adapter" or "16 adapters"
     at_once: int

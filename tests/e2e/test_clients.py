@@ -1,4 +1,4 @@
-"""Other people's clients work unchanged, through a real gateway; they live in an environment of their own, made here."""
+"""Third-party clients work unchanged with a real gateway. The tests install the clients into a separate environment."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from support import ROOT, sage
 
 from sage.common.processes import held_lock
 
-#: litellm 1.107.0 was compromised.
+#: Not litellm 1.107.0, because this release was compromised.
 REQUIREMENTS = (
     "dspy==3.4.1", "langchain-openai==1.7.4", "litellm==1.106.*", "llama-index-embeddings-openai-like==0.4.0",
     "llama-index-llms-openai-like==0.8.1",
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    """The interpreter of an environment with the clients, made once for all runs."""
+    """The interpreter of the environment with the clients, which is created once and then reused."""
     folder = ROOT / ".clients"
     stamp = folder / "requirements.json"
     with held_lock(ROOT / ".clients.lock"):
@@ -39,7 +39,7 @@ def python() -> Path:
 
 @pytest.fixture
 def base_url(tiny_model: Path, tmp_path: Path) -> str:
-    """A gateway with a model whose template knows tools, and an embedding model."""
+    """The URL of a gateway that serves an embedding model and a model whose chat template supports tools."""
     model = tmp_path / "tools"
     shutil.copytree(tiny_model, model)
     template = CHATML.replace("<call>", "<tool_call>").replace("</call>", "</tool_call>")
@@ -52,7 +52,7 @@ def base_url(tiny_model: Path, tmp_path: Path) -> str:
 
 
 def result_of(python: Path, client: str, base_url: str) -> dict[str, Any]:
-    """Return what a client got; it may use no other server."""
+    """Run the program of a client against the gateway, and return the JSON object that the program prints."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SAGE_"))}
     argv = [python, CLIENTS / f"{client}_client.py", base_url, "tiny", "minilm"]
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=600, check=False)
@@ -79,7 +79,7 @@ def test_llamaindex_chats_streams_calls_tools_and_gets_structured_output(python:
     }  # fmt: skip
 
 
-def test_dspy_predicts_in_the_form_of_a_signature(python: Path, base_url: str) -> None:
+def test_dspy_predicts_the_fields_of_a_signature(python: Path, base_url: str) -> None:
     result = result_of(python, "dspy", base_url)
     assert result.pop("chat")
     assert result == {"structured": ["bool", True], "stream": True, "dimensions": [384, 384]}

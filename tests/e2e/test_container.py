@@ -12,7 +12,7 @@ from support import ROOT, SAMPLES
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_the_installation_steps_of_the_image_train_and_serve_from_an_empty_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_installation_with_the_steps_of_the_image_can_train_and_serve(tiny_model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     environment = {**os.environ, "PATH": f"{folder}/sage/bin:{os.environ['PATH']}", "SAGE_RESTART_POLICY": "unless-stopped"}

@@ -1,4 +1,7 @@
-"""Two gateways on one PostgreSQL: of one node, one of them suspended in the middle of a write; and of two nodes."""
+"""Two gateways share one PostgreSQL database.
+
+In the first test, both belong to one node, and one is suspended during a write. In the second, they belong to two nodes.
+"""
 
 import os
 import signal
@@ -26,7 +29,7 @@ _TABLES = ("engines", "servers", "engine_events")
 
 
 class Gateway:
-    """A gateway process, with a log of its own."""
+    """A gateway process with its own log file."""
 
     def __init__(self, home: Path, database_url: str, *arguments: str, lease_seconds: float, point: str = "never") -> None:
         self.port = free_port()
@@ -41,7 +44,7 @@ class Gateway:
         wait_for(self.role, "the gateway")
 
     def role(self) -> str:
-        """Return what `/ready` says; empty if it does not answer."""
+        """Return the role that `/ready` reports, or an empty string if the gateway does not answer."""
         assert self.process.poll() is None, self.log.read_text()
         try:
             return str(httpx.get(f"http://127.0.0.1:{self.port}/ready", timeout=1, trust_env=False).json()["role"])
@@ -58,7 +61,7 @@ class Gateway:
         return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
 
     def answers(self, engine_id: str) -> bool:
-        """Ask a model through this gateway."""
+        """Chat with an engine through this gateway. Raises SageError if the request fails."""
         messages = [{"role": "user", "content": "Hello"}]
         self.client.chat(engine_id, messages, max_tokens=2)
         return True
@@ -74,7 +77,7 @@ def database_url(postgres: PostgresServer) -> str:
 
 @pytest.fixture
 def start(database_url: str, sage_home: Path) -> Iterator[Start]:
-    """Starts gateways; they and their engines are killed afterwards."""
+    """A function that starts a gateway. After the test, the gateways are killed."""
     started: list[Gateway] = []
 
     def start_one(*arguments: str, home: Path = sage_home, lease_seconds: float = LEASE_SECONDS, **values: Any) -> Gateway:
@@ -106,7 +109,7 @@ def rows(database_url: str) -> list[list[Any]]:
         pytest.param("transition", LEASE_SECONDS, 20.0, marks=pytest.mark.long),
     ],
 )
-def test_a_gateway_suspended_in_the_middle_of_a_write_writes_nothing_after_the_other_took_over(
+def test_a_gateway_suspended_during_a_write_writes_nothing_after_the_other_gateway_took_over(
     point: str, lease_seconds: float, suspended_seconds: float, tiny_model: Path, start: Start, database_url: str
 ) -> None:
     active = start(lease_seconds=lease_seconds, point=point)
@@ -132,7 +135,7 @@ def test_a_gateway_suspended_in_the_middle_of_a_write_writes_nothing_after_the_o
         wait_for(lambda: active.role() == "standby", "the return of the suspended gateway")
         if point == "transition":
             request.result()
-            # The latter if the signal took effect a moment later, in the transaction, whose session PostgreSQL then closes.
+            # The second text appears if the gateway was suspended inside a transaction: PostgreSQL then closes the session.
             refused = ("was changed after it was read", "server closed the connection")
             wait_for(lambda: any(words in active.log.read_text() for words in refused), "the write that is refused")
         else:
@@ -140,17 +143,17 @@ def test_a_gateway_suspended_in_the_middle_of_a_write_writes_nothing_after_the_o
                 request.result()
     assert rows(database_url) == written
     assert standby.role() == "active"
-    assert active.answers(served)  # as a standby
+    assert active.answers(served)  # a standby answers, too
 
 
 def _settled(gateway: Gateway, database_url: str) -> list[list[Any]]:
-    """Wait until every engine runs, and return what was written by then."""
+    """Wait until every engine runs, and return the rows of the database at this time."""
     wait_for(lambda: all(engine.state == "running" for engine in gateway.client.list_engines()), "running engines")
     return rows(database_url)
 
 
 @pytest.mark.long
-def test_of_two_nodes_on_one_database_each_leaves_the_other_s_engines_alone(
+def test_two_nodes_on_one_database_do_not_change_the_engines_of_each_other(
     tiny_model: Path, tmp_path: Path, sage_home: Path, start: Start
 ) -> None:
     options = {"dataset_path": str(SAMPLES), "output_dir": str(tmp_path / "out"), "batch_size": 1, "num_epochs": 400}
@@ -174,7 +177,7 @@ def test_of_two_nodes_on_one_database_each_leaves_the_other_s_engines_alone(
     two.process.kill()
     two.process.wait()
     os.kill(pid, signal.SIGKILL)
-    # Its own next transition shows that this gateway has looked, and the dead run of the other node is not its business.
+    # The first gateway stops its own engine, so it has reconciled. It must not change the dead run of the other node.
     one.client.stop_engine(served)
     one.until(served, "stopped")
     assert one.state(trained) == "running"

@@ -1,4 +1,4 @@
-"""What is served computes what was trained."""
+"""A served model computes the logits of the trained model, and adapters that do not fit are refused."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from sage.libs.models.resolve import resolve_model
 from sage.llm.workers.packed import Part
 from sage.llm.workers.runners import runner_for
 
-#: Settings of a run that touch embeddings and head in every way, and other kinds of adapters.
+#: Options of runs: all ways to train embeddings and head, and other kinds of adapters.
 TOUCHED: dict[str, dict[str, Any]] = {
     "all linear layers": {},
     "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
@@ -89,7 +89,7 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def trained(model: Path, output: Path, **options: Any) -> tuple[TrainingRun, torch.Tensor]:
-    """Train a few steps, and return the logits of the run's own model at its end."""
+    """Train a few steps. Return the run, and the logits of its model after the last step."""
     values = {"max_steps": 3, "learning_rate": 1e-2, "warmup_steps": 0, "eval_path": str(HELDOUT), **options}
     run = TinyRun(model, output, **values)
     training = TrainingRun(run.manager.run_directory(run.task_id), StopRequest())
@@ -101,17 +101,19 @@ def trained(model: Path, output: Path, **options: Any) -> tuple[TrainingRun, tor
 
 @pytest.mark.parametrize("head", ["tied", "untied"])
 @pytest.mark.parametrize("touched", TOUCHED)
-def test_what_is_served_computes_what_was_trained(models: dict[str, Path], tmp_path: Path, touched: str, head: str) -> None:
+def test_a_served_model_computes_the_logits_of_the_trained_model(
+    models: dict[str, Path], tmp_path: Path, touched: str, head: str
+) -> None:
     _, expected = trained(models[head], tmp_path / "out", **TOUCHED[touched])
     before = logits(load_causal_lm(models[head], torch.float32))
-    assert (expected - before).abs().max() > 0.01  # it has learnt something
+    assert (expected - before).abs().max() > 0.01  # training has changed the model
     model = served(tmp_path / "out")
     assert same(logits(model), expected)
     model.save_pretrained(tmp_path / "merged")
     assert same(logits(load_causal_lm(tmp_path / "merged", torch.float32)), expected)
 
 
-def test_training_goes_on_from_an_adapter_on_a_tied_head(models: dict[str, Path], tmp_path: Path) -> None:
+def test_training_can_start_from_an_adapter_on_a_tied_head(models: dict[str, Path], tmp_path: Path) -> None:
     touched = {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}
     first, expected = trained(models["tied"], tmp_path / "first", **touched)
     second, _ = trained(tmp_path / "first", tmp_path / "second", max_steps=1, learning_rate=1e-8)
@@ -122,7 +124,7 @@ def test_training_goes_on_from_an_adapter_on_a_tied_head(models: dict[str, Path]
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_adapters_that_peft_ties_are_merged_as_peft_computes_them(
+def test_a_merged_adapter_on_tied_weights_computes_the_logits_of_peft(
     models: dict[str, Path], tmp_path: Path, tie: bool
 ) -> None:
     torch.manual_seed(0)
@@ -168,9 +170,7 @@ def edit_config(adapter: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_an_adapter_that_does_not_fit_its_base_is_refused_by_what_does_not_fit(
-    models: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_adapter_that_does_not_fit_its_base_is_refused_with_the_reason(models: dict[str, Path], tmp_path: Path) -> None:
     adapter = adapter_on(models["tied"], tmp_path / "adapter")
     wide = tmp_path / "wide"
     make_tiny_model(wide, width=64)
@@ -209,7 +209,7 @@ def test_a_lack_of_memory_is_not_reported_as_an_adapter_that_does_not_fit(
 
 
 @pytest.mark.parametrize("origin", ["ours", "theirs"])
-def test_an_adapter_on_other_weights_than_its_base_had_is_served_with_a_warning(
+def test_an_adapter_is_served_with_a_warning_if_the_weights_of_its_base_have_changed(
     models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, origin: str
 ) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -229,7 +229,7 @@ def test_an_adapter_on_other_weights_than_its_base_had_is_served_with_a_warning(
     assert "was trained on a base model other than" in caplog.messages[0]
 
 
-def test_a_run_does_not_go_on_from_a_checkpoint_on_another_base(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_does_not_resume_if_its_base_model_has_changed(models: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(models["untied"], base)
     run = TinyRun(base, tmp_path / "out", max_steps=2).trained()

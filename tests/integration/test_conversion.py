@@ -1,4 +1,4 @@
-"""GGUF files are converted once for each content, and never half."""
+"""GGUF files are converted once for each content, and an incomplete conversion is never used."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ from sage.libs.models.resolve import resolve_model
 
 @pytest.fixture(autouse=True)
 def conversions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """Stand in for transformers: the converted model holds the file's content. Returns how many conversions there were."""
+    """Replace the conversion by a copy of the file's content. Return a function that returns the number of conversions."""
     done = tmp_path / "conversions"
 
     def convert(gguf: Path, target: Path) -> None:
@@ -42,13 +42,13 @@ def content(folder: Path) -> str:
     return (local_folder(resolve_model(str(folder))) / "content").read_text()
 
 
-def test_folders_of_one_name_have_a_conversion_each(tmp_path: Path, conversions: Callable[[], int]) -> None:
+def test_folders_with_the_same_name_are_converted_separately(tmp_path: Path, conversions: Callable[[], int]) -> None:
     first, second = gguf(tmp_path / "a" / "model", "one"), gguf(tmp_path / "b" / "model", "two")
     assert [content(first), content(second), content(first)] == ["one", "two", "one"]
     assert conversions() == 2
 
 
-def test_a_replaced_file_is_converted_again_though_size_and_time_are_the_same(tmp_path: Path) -> None:
+def test_a_replaced_file_is_converted_again_even_if_size_and_time_are_the_same(tmp_path: Path) -> None:
     folder = gguf(tmp_path / "model", "one")
     before = (folder / "model.gguf").stat()
     assert content(folder) == "one"
@@ -57,7 +57,7 @@ def test_a_replaced_file_is_converted_again_though_size_and_time_are_the_same(tm
     assert content(folder) == "two"
 
 
-def test_a_file_that_only_moved_is_not_converted_again(tmp_path: Path, conversions: Callable[[], int]) -> None:
+def test_a_copied_file_is_not_converted_again(tmp_path: Path, conversions: Callable[[], int]) -> None:
     folder = gguf(tmp_path / "model", "one")
     assert content(folder) == "one"
     shutil.copytree(folder, tmp_path / "copy")
@@ -77,7 +77,7 @@ def test_an_earlier_conversion_of_a_packaged_model_is_used(conversions: Callable
     assert local_folder(resolve_model("smollm2-135m-instruct")) == old
 
 
-def test_processes_at_once_convert_once(tmp_path: Path, conversions: Callable[[], int]) -> None:
+def test_concurrent_processes_convert_a_file_once(tmp_path: Path, conversions: Callable[[], int]) -> None:
     folder = gguf(tmp_path / "model", "one")
     processes = [multiprocessing.get_context("fork").Process(target=content, args=(folder,)) for _ in range(4)]
     for process in processes:
@@ -88,7 +88,7 @@ def test_processes_at_once_convert_once(tmp_path: Path, conversions: Callable[[]
     assert conversions() == 1
 
 
-def test_what_was_interrupted_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_leaves_no_incomplete_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = gguf(tmp_path / "model", "one")
     whole = conversion._convert
 
@@ -102,12 +102,12 @@ def test_what_was_interrupted_leaves_nothing_half(tmp_path: Path, monkeypatch: p
     assert "Free some space" in caught.value.hint
     root = get_user_paths().models_dir / ".converted"
     assert not [path for path in root.iterdir() if path.is_dir()]
-    (root / f".{next(root.glob('*.sources')).stem}.partial").mkdir()  # as a kill leaves it
+    (root / f".{next(root.glob('*.sources')).stem}.partial").mkdir()  # a killed conversion leaves this folder
     monkeypatch.setattr(conversion, "_convert", whole)
     assert content(folder) == "one"
 
 
-def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_gguf_is_named_in_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("SAGE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -115,7 +115,7 @@ def test_a_file_that_is_no_gguf_is_refused_by_name(tmp_path: Path, monkeypatch: 
         content(gguf(tmp_path / "model", "not a GGUF file"))
 
 
-def test_a_models_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_models_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     get_user_paths().models_dir.mkdir(parents=True)
     (get_user_paths().models_dir / ".converted").touch()
     with pytest.raises(ModelError, match="cannot be converted"):

@@ -12,7 +12,9 @@ def findings(code: int = 0) -> dict[str, dict[str, Any]]:
     return {finding["check"]: finding for finding in json.loads(sage("doctor", "--json", check=code).stdout)}
 
 
-def test_a_new_home_is_in_order_and_remains_empty(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_check_fails_on_a_missing_home_and_the_home_is_not_created(
+    sage_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SAGE_FAKE_DEVICES", "2x24GiB")
     found = findings()
     assert (found["fake_devices"]["state"], "2x24GiB" in found["fake_devices"]["message"]) == ("warning", True)
@@ -36,7 +38,7 @@ def test_a_new_home_is_in_order_and_remains_empty(sage_home: Path, monkeypatch: 
     assert not sage_home.exists()
 
 
-def test_what_does_not_work_has_a_remedy_and_exit_code_1(sage_home: Path) -> None:
+def test_a_failed_check_has_a_remedy_and_exit_code_1(sage_home: Path) -> None:
     state = sage_home / "state"
     state.mkdir(parents=True)
     (state / "engines.db").write_bytes(b"SQLite format 3\0" + b"garbage" * 1000)

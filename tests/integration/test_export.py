@@ -1,4 +1,4 @@
-"""Exports of the tiny model: what other programs load computes what was trained, and reads the same tokens."""
+"""Exports of the tiny model: other programs compute the logits of the trained model, and read the same tokens."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def test_an_exported_adapter_is_loaded_by_peft(adapter: Path, tiny_model: Path, 
     assert "12 of" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_a_merged_model_computes_what_was_trained_and_ends_where_it_was_served(
+def test_a_merged_model_computes_the_trained_logits_and_has_the_end_tokens_of_serving(
     adapter: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     export_model(str(adapter), ExportFormat.MERGED, tmp_path / "out")
@@ -108,7 +108,7 @@ def test_greedy_answers_of_a_gguf_file_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("family", ["mistral", *(pytest.param(name, marks=pytest.mark.long) for name in ("glm", "none"))])
-def test_llama_cpp_reads_the_same_tokens_and_ends_at_the_same_ones(
+def test_llama_cpp_reads_the_same_tokens_and_ends_at_the_same_end_token(
     family: str, tiny_model: Path, tmp_path: Path, llama_cpp: LlamaCpp
 ) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))

@@ -1,4 +1,4 @@
-"""A landed version, installed from the repository's history, hands its processes and runs over to today's."""
+"""The current version takes over the processes and runs of an earlier version from the repository's history."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 COMMIT = "19fceff"
 
 
-def test_engines_of_a_landed_version_are_adopted_and_its_runs_resume_bit_for_bit(
+def test_engines_of_an_earlier_version_are_adopted_and_its_runs_resume_bit_for_bit(
     tiny_model: Path, tmp_path: Path, sage_home: Path
 ) -> None:
     landed = LandedGateway(install(COMMIT, tmp_path / "landed"), sage_home, free_port())

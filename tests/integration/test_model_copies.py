@@ -1,4 +1,4 @@
-"""A copy of a model stays as long as the server that was started with it."""
+"""A copy of a model is kept while the server that was started with the copy runs."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sage.libs.models.export import copies
 
-#: Makes a copy, then becomes a program that runs until its standard input is closed.
+#: Program that makes a copy and then executes another program, which runs until it reads a line.
 _PROGRAM = """
 import os, sys
 from sage.libs.models.export.copies import usable_copy
@@ -15,7 +15,7 @@ os.execv(sys.executable, [sys.executable, "-c", "print('serving', flush=True); i
 """
 
 
-def test_the_copy_of_a_living_server_is_not_deleted(sage_home: Path) -> None:
+def test_the_copy_of_a_running_server_is_not_deleted(sage_home: Path) -> None:
     copy = sage_home / "cache" / "gguf" / "key"
     with subprocess.Popen([sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         assert server.stdout

@@ -1,4 +1,4 @@
-"""Checkpoints on request, and checkpoints as models to serve."""
+"""Checkpoints on request, and checkpoints that are published for serving."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sage.libs.models.loading import load_tokenizer
 from sage.libs.models.resolve import ModelKind, resolve_model
 
 
-def test_a_run_with_a_checkpoint_on_request_is_bit_for_bit_one_without(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_on_request_does_not_change_the_result_of_the_run(tiny_model: Path, tmp_path: Path) -> None:
     plain = TinyRun(tiny_model, tmp_path / "plain", max_steps=6, lora_dropout=0.1).trained()
     asked = TinyRun(tiny_model, tmp_path / "asked", max_steps=6, lora_dropout=0.1)
     asked.manager.request_checkpoint(asked.task_id)
@@ -22,7 +22,9 @@ def test_a_run_with_a_checkpoint_on_request_is_bit_for_bit_one_without(tiny_mode
     assert asked.adapter_bytes() == plain.adapter_bytes()
 
 
-def test_a_running_worker_saves_on_request_and_ignores_a_request_to_an_earlier_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_worker_saves_a_checkpoint_on_request_and_ignores_requests_from_before_its_start(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=100_000, save_steps=100_000)
     run.manager.request_checkpoint(run.task_id)
     run.start().at_step(2)
@@ -34,7 +36,7 @@ def test_a_running_worker_saves_on_request_and_ignores_a_request_to_an_earlier_o
     run.until_ended()
 
 
-def test_a_published_checkpoint_is_an_adapter_with_its_tokenizer_that_outlives_the_pruning(
+def test_a_published_checkpoint_is_an_adapter_with_a_tokenizer_and_is_kept_after_pruning(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=6, save_steps=2, keep_checkpoints=1).trained()
@@ -50,17 +52,17 @@ def test_a_published_checkpoint_is_an_adapter_with_its_tokenizer_that_outlives_t
     assert load_tokenizer(folder).chat_template == load_tokenizer(tiny_model).chat_template
     assert not any(file.name.startswith(("optimizer", "trainer_state", "manifest")) for file in folder.iterdir())
     with pytest.raises(OSError, match="checkpoint-2"):
-        run.manager.publish_checkpoint(run.task_id, 2)  # pruned before
+        run.manager.publish_checkpoint(run.task_id, 2)  # this checkpoint was pruned
 
 
-def test_of_published_checkpoints_the_newest_two_stay(tiny_model: Path, tmp_path: Path) -> None:
+def test_only_the_two_newest_published_checkpoints_are_kept(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=3, save_steps=1, keep_checkpoints=3).trained()
     for step in (1, 2, 3):
         run.manager.publish_checkpoint(run.task_id, step)
     assert sorted(folder.name for folder in (run.path / "served").iterdir()) == ["step-2", "step-3"]
 
 
-def test_a_checkpoint_of_a_whole_model_is_not_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_full_fine_tuning_cannot_be_published(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1, finetuning_type="full").trained()
     with pytest.raises(ModelError, match="is a whole model"):
         run.manager.publish_checkpoint(run.task_id, 1)

@@ -1,4 +1,4 @@
-"""What is trained is what is served: the same tokens before an answer, and the same token behind it, for every template."""
+"""For every chat template, training and serving use the same tokens before an answer and the same end token after it."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def encoded(tokenizer: Any, *contents: Any, cutoff: int = 4096) -> tuple[list[En
 
 
 def answers_of(sequences: list[Encoded]) -> list[tuple[list[int], list[int]]]:
-    """Return each answer of sequences: the tokens before it, and its own."""
+    """Return, for each answer in the sequences, the tokens before the answer and the tokens of the answer."""
     found = []
     for sequence in sequences:
         edges = [label != IGNORED for label in sequence.labels] + [False]
@@ -67,9 +67,7 @@ def trained_text(tokenizer: Any, sequences: list[Encoded]) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_answer_is_trained_behind_the_very_tokens_that_the_served_model_is_asked_with(
-    tokenizer: Any, family: str
-) -> None:
+def test_an_answer_is_trained_after_the_prompt_tokens_that_serving_uses(tokenizer: Any, family: str) -> None:
     end = set_family(tokenizer, family)
     ensure_chat_template(tokenizer)
     chat_format = ChatFormat(tokenizer)
@@ -98,7 +96,9 @@ def test_tool_calls_are_trained_as_they_are_served(tokenizer: Any, family: str) 
 
 
 @pytest.mark.parametrize(("template", "many"), [(SPACE.replace("eos_token", "'<|im_end|>'"), True), (QWEN_TEMPLATE, False)])
-def test_answers_share_a_sequence_unless_a_token_straddles_a_beginning(tokenizer: Any, template: str, many: bool) -> None:
+def test_answers_share_a_sequence_unless_a_token_spans_the_start_of_an_answer(
+    tokenizer: Any, template: str, many: bool
+) -> None:
     tokenizer.chat_template = template
     words = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "the"}] * 2
     sequences, _ = encoded(tokenizer, Chat(words))
@@ -106,7 +106,7 @@ def test_answers_share_a_sequence_unless_a_token_straddles_a_beginning(tokenizer
     assert len(sequences) == (2 if many else 1)
 
 
-def test_a_base_whose_tokenizer_begins_with_bos_gets_it_once_in_chats_and_in_texts(tokenizer: Any) -> None:
+def test_chats_and_texts_begin_with_exactly_one_bos_token(tokenizer: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.add_special_tokens({"bos_token": "<s>"})
@@ -136,7 +136,7 @@ def test_reasoning_is_trained_from_its_field_and_from_the_content(tokenizer: Any
     assert not len(encoder.findings)
 
 
-def test_reasoning_that_the_prompt_begins_is_trained_behind_that_prompt(tokenizer: Any) -> None:
+def test_if_the_prompt_opens_the_reasoning_the_reasoning_is_trained_after_this_prompt(tokenizer: Any) -> None:
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer.chat_template = DROPTHINK
     asked = {"role": "user", "content": "q"}
@@ -151,7 +151,7 @@ def test_reasoning_that_the_prompt_begins_is_trained_behind_that_prompt(tokenize
     assert trained_text(tokenizer, sequences) == ["hm\n</think>\n\nfour</s>"] * 2
 
 
-def test_an_answer_without_the_reasoning_that_the_prompt_begins_is_a_warning_and_stays_whole(tokenizer: Any) -> None:
+def test_if_the_prompt_opens_the_reasoning_an_answer_without_reasoning_stays_complete_with_a_warning(tokenizer: Any) -> None:
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer.chat_template = DROPTHINK
     sequences, encoder = encoded(
@@ -173,7 +173,7 @@ def test_an_answer_without_the_reasoning_that_the_prompt_begins_is_a_warning_and
         (QWEN_TEMPLATE.replace("message['content']", "message['content'][:9]"), Chat(TURNS[:2]), Code.MESSAGE_LOST),
     ],
 )  # fmt: skip
-def test_what_the_model_would_not_learn_is_found(tokenizer: Any, template: str, chat: Chat, code: Code) -> None:
+def test_content_that_the_template_loses_is_a_warning(tokenizer: Any, template: str, chat: Chat, code: Code) -> None:
     tokenizer.chat_template = template
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>"})
     _, encoder = encoded(tokenizer, chat)
@@ -187,14 +187,14 @@ def test_what_the_model_would_not_learn_is_found(tokenizer: Any, template: str, 
 @pytest.mark.parametrize(
     ("ignored", "code"), [("messages[].loss_mask", "flag_ignored"), ("tools", "tools_lost"), ("source", "field_ignored")]
 )
-def test_fields_without_effect_are_found(tokenizer: Any, ignored: str, code: str) -> None:
+def test_fields_without_an_effect_are_reported(tokenizer: Any, ignored: str, code: str) -> None:
     encoder = Encoder(tokenizer, 512)
     encoder.encode_whole([Sample(Origin(Path("t.jsonl"), 1), "openai", Chat(TURNS), (ignored,))])
     [finding] = encoder.findings
     assert (finding.code, finding.details) == (code, [ignored])
 
 
-def test_a_token_that_the_model_has_no_embedding_for_is_named(tokenizer: Any) -> None:
+def test_a_token_without_an_embedding_is_named_in_the_error(tokenizer: Any) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<beyond>"]})
     encoder = Encoder(tokenizer, 512, embedding_rows=len(tokenizer) - 1)
     chats = [Chat(TURNS), Chat([{"role": "user", "content": "<beyond>"}, TURNS[1]])]
@@ -202,14 +202,14 @@ def test_a_token_that_the_model_has_no_embedding_for_is_named(tokenizer: Any) ->
         list(encoder.encode(sample(chat, line) for line, chat in enumerate(chats, 1)))
 
 
-def test_a_model_without_any_end_token_is_a_warning(tokenizer: Any) -> None:
+def test_a_model_without_any_end_token_gives_a_warning(tokenizer: Any) -> None:
     tokenizer.eos_token = None
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
     _, encoder = encoded(tokenizer, Chat(TURNS[:2]))
     assert Code.NO_END_TOKEN in [finding.code for finding in encoder.findings.warnings]
 
 
-def test_samples_without_anything_to_train_on_are_counted_and_told(tokenizer: Any) -> None:
+def test_samples_with_nothing_to_train_on_are_counted_and_reported(tokenizer: Any) -> None:
     sequences, encoder = encoded(tokenizer, Chat(TURNS[:2], untrained=frozenset({1})), Chat(TURNS[:2]))
     assert len(sequences) == 1
     [finding] = encoder.findings
@@ -217,7 +217,7 @@ def test_samples_without_anything_to_train_on_are_counted_and_told(tokenizer: An
 
 
 @pytest.mark.parametrize("untrained", [frozenset({1}), frozenset()])
-def test_nothing_to_train_on_is_not_called_too_long(tokenizer: Any, untrained: frozenset[int]) -> None:
+def test_samples_with_nothing_to_train_on_are_not_reported_as_too_long(tokenizer: Any, untrained: frozenset[int]) -> None:
     tokenizer.chat_template = QWEN_TEMPLATE if untrained else MARKS_NOTHING
     with pytest.raises(DatasetError) as caught:
         encoded(tokenizer, *[Chat(TURNS[:2], untrained=untrained)] * 3)
@@ -230,7 +230,7 @@ def test_a_chat_that_the_assistant_begins_is_trained(tokenizer: Any) -> None:
     assert not len(encoder.findings)
 
 
-def test_every_record_that_the_template_refuses_is_named(tokenizer: Any) -> None:
+def test_every_record_that_the_template_rejects_is_named_in_the_error(tokenizer: Any) -> None:
     set_family(tokenizer, "gemma")
     system = {"role": "system", "content": "s"}
     chats = [Chat([system, *TURNS]) if line in (2, 5, 7) else Chat(TURNS) for line in range(1, 9)]
@@ -240,7 +240,7 @@ def test_every_record_that_the_template_refuses_is_named(tokenizer: Any) -> None
     assert all(f"t.jsonl:{line}:" in caught.value.message for line in (2, 5, 7))
 
 
-def test_a_tokenizer_that_puts_a_space_before_every_text_gives_the_tokens_of_the_whole() -> None:
+def test_with_a_tokenizer_that_prepends_a_space_the_trained_tokens_are_those_of_the_whole_chat() -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The served model is the trained one: the same held-out loss over HTTP, and answers that end where training ended them."""
+"""A served model has the held-out loss of its training run, and its answers end where the trained answers end."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ CHATS = [
     for question, answer in (("one?", "yes"), ("two?", "no\n\nnever"), ("日本?", "né 🦊"))
 ]
 MULTI = [*CHATS[0], *CHATS[1]]
-#: The shapes in which people have chats.
+#: The chats in each dataset format.
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "openai": [{"messages": chat} for chat in [*CHATS, MULTI]],
     "sharegpt": [
@@ -43,12 +43,12 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "whole embeddings": {"modules_to_save": ["embed_tokens"]},
     "full": {"finetuning_type": "full", "learning_rate": 3e-3},
 }
-#: What it takes for the tiny model to answer exactly as it was taught.
+#: Options with which the tiny model learns the trained answers by heart.
 BY_HEART = {"finetuning_type": "full", "learning_rate": 5e-3, "max_steps": 120, "lr_scheduler": "constant"}
 
 
 def model_of(folder: Path, family: str, *, tied: bool = True) -> Path:
-    """Make a tiny model whose chats are those of a family."""
+    """Make a tiny model with the chat template and the special tokens of a family."""
     from transformers import AutoModelForCausalLM
 
     make_tiny_model(folder, tie_word_embeddings=tied)
@@ -74,7 +74,7 @@ def post(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
 
 
 def served_loss(client: TestClient, model: Path, dataset: Path) -> float:
-    """Return the mean loss over the trained tokens, in nats, from the log-probabilities that the engine tells."""
+    """Return the mean loss over the trained tokens, in nats, from the log-probabilities that the server returns."""
     encoder = load_encoder(str(model), 512)
     total, count = 0.0, 0
     for sample in read_samples(DatasetReport(dataset)):
@@ -107,13 +107,13 @@ def check(run: TinyRun, dataset: Path, chats: list[list[dict[str, Any]]]) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_template_s_answers_are_served_as_they_were_learnt_and_end(tmp_path: Path, family: str) -> None:
+def test_with_every_template_the_served_answers_equal_the_trained_answers_and_end(tmp_path: Path, family: str) -> None:
     run, dataset = learnt(model_of(tmp_path / "base", family), tmp_path, SHAPES["openai"], **BY_HEART)
     check(run, dataset, [*CHATS, MULTI])
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "openai"])
-def test_every_shape_of_data_is_served_as_it_was_learnt(tmp_path: Path, shape: str) -> None:
+def test_with_every_dataset_format_the_served_answers_equal_the_trained_answers(tmp_path: Path, shape: str) -> None:
     run, dataset = learnt(model_of(tmp_path / "base", "chatml"), tmp_path, SHAPES[shape], **BY_HEART)
     check(run, dataset, [] if shape == "text" else CHATS)
     if shape == "text":
@@ -124,7 +124,9 @@ def test_every_shape_of_data_is_served_as_it_was_learnt(tmp_path: Path, shape: s
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_whatever_is_trained_is_served_as_it_was_learnt(tmp_path: Path, adapter: str, tied: bool) -> None:
+def test_with_every_kind_of_training_the_served_loss_equals_the_held_out_loss(
+    tmp_path: Path, adapter: str, tied: bool
+) -> None:
     model = model_of(tmp_path / "base", "chatml", tied=tied)
     run, dataset = learnt(model, tmp_path, SHAPES["openai"], **ADAPTERS[adapter])
     check(run, dataset, [])

@@ -1,4 +1,4 @@
-"""Real training runs, whose checkpoints and results are served; a server of a few lines stands for that of a model."""
+"""Checkpoints and results of real training runs are served. A small fake server stands for the model server."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ async def served(manager: ControlPlaneManager, run_id: str) -> EngineView:
     return await until(manager, served_by, S.RUNNING)
 
 
-def test_each_checkpoint_is_served_while_the_run_continues_then_its_result_and_no_request_fails(
+def test_the_checkpoints_and_then_the_result_of_a_run_are_served_and_no_request_fails(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     async def test(manager: ControlPlaneManager) -> None:
@@ -73,7 +73,7 @@ def test_each_checkpoint_is_served_while_the_run_continues_then_its_result_and_n
         for task in asking:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await task  # raises what a request got
+                await task  # raises the error of a failed request
         steps = [int(folder.partition("step-")[2]) for folder in answers if "step-" in folder]
         assert len(set(steps)) >= 3
         assert [engine.id for engine in await manager.list_engines()] == [base.id, training.id, tuned.id]
@@ -81,7 +81,7 @@ def test_each_checkpoint_is_served_while_the_run_continues_then_its_result_and_n
     run(test)
 
 
-def test_a_result_is_served_once_though_the_gateway_restarts_and_a_checkpoint_only_on_request(
+def test_one_engine_serves_a_result_even_after_a_restart_and_a_checkpoint_only_on_request(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "assistant"
@@ -111,9 +111,7 @@ def test_a_result_is_served_once_though_the_gateway_restarts_and_a_checkpoint_on
     run(after_a_restart)
 
 
-def test_a_run_that_was_killed_is_still_served_from_its_checkpoint_which_cannot_be_removed(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_the_checkpoint_of_a_killed_run_stays_served_and_cannot_be_removed(tiny_model: Path, tmp_path: Path) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         serve = {"name": "tuned", "checkpoints": True}
         training = await train(manager, tiny_model, tmp_path / "out", serve, save_steps=20)

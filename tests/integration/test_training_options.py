@@ -1,4 +1,4 @@
-"""What a run may be asked for besides the ordinary."""
+"""Training runs with options other than the defaults, and with too little memory."""
 
 import json
 import os
@@ -35,7 +35,8 @@ from sage.libs.finetune.training.trainer import TrainingRun
 from sage.libs.models.architecture import read_architecture
 from sage.libs.models.resolve import ModelKind, resolve_model
 
-#: Trains with so many MiB of address space as are in use once everything is loaded, and these besides.
+#: Program that trains a run with a memory limit. Arguments: the run directory, a size in MiB, and optionally a cgroup.
+#: Without a cgroup, the address space may grow by this size after the model is loaded. With a cgroup, the size is its limit.
 LIMITED = """
 import os, resource, sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def adapter(run: TinyRun) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return config, load_file(run.output / "adapter_model.safetensors")
 
 
-def test_peft_s_options_reach_the_adapter(tiny_model: Path, tmp_path: Path) -> None:
+def test_peft_options_take_effect(tiny_model: Path, tmp_path: Path) -> None:
     options = {"exclude_modules": ["q_proj"], "modules_to_save": ["norm"], "use_rslora": True, "loraplus_lr_ratio": 4}
     run = TinyRun(tiny_model, tmp_path / "out", **options, max_steps=1, warmup_steps=0).trained()
     config, weights = adapter(run)
@@ -73,15 +74,15 @@ def test_peft_s_options_reach_the_adapter(tiny_model: Path, tmp_path: Path) -> N
     assert any("k_proj" in name for name in weights)
     assert not any("q_proj" in name for name in weights)
     largest_b = max(float(weight.abs().max()) for name, weight in weights.items() if "lora_B" in name)
-    assert largest_b == pytest.approx(4 * 1e-2, rel=1e-3)  # AdamW's first step is one learning rate long
+    assert largest_b == pytest.approx(4 * 1e-2, rel=1e-3)  # AdamW's first step changes a weight by one learning rate
 
 
-def test_an_adapter_is_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+def test_training_can_start_from_an_adapter(tiny_model: Path, tmp_path: Path) -> None:
     first = TinyRun(tiny_model, tmp_path / "first", lora_rank=4).trained()
     steady = {"lr_scheduler": "constant", "warmup_steps": 0, "learning_rate": 1e-6}
     again = TinyRun(tiny_model, tmp_path / "again", max_steps=1, **steady).trained()
     second = TinyRun(first.output, tmp_path / "second", max_steps=1, **steady).trained()
-    assert second.losses()[1] < again.losses()[1]  # of the same samples
+    assert second.losses()[1] < again.losses()[1]  # both runs train on the same samples
     config, weights = adapter(second)
     assert config["r"] == 4
     for name, weight in adapter(first)[1].items():
@@ -100,7 +101,7 @@ def test_dora_trains_magnitudes(tiny_model: Path, tmp_path: Path) -> None:
     assert any("lora_magnitude_vector" in name for name in weights)
 
 
-def test_a_run_that_gets_no_better_ends_and_keeps_the_best_adapter(tiny_model: Path, tmp_path: Path) -> None:
+def test_early_stopping_ends_the_run_and_keeps_the_best_adapter(tiny_model: Path, tmp_path: Path) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", [json.loads(line) for line in SAMPLES.read_text().splitlines()[:6]])
     run = TinyRun(
         tiny_model, tmp_path / "out", dataset_path=str(few), eval_path=str(HELDOUT), learning_rate=0.3, warmup_steps=0,
@@ -125,11 +126,11 @@ def test_a_run_that_gets_no_better_ends_and_keeps_the_best_adapter(tiny_model: P
     assert all(torch.equal(weight, adapter(run)[1][name]) for name, weight in load_file(checkpoint).items())
 
 
-def test_a_run_that_diverges_says_so(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_run_that_diverges_fails_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
     loud = tmp_path / "loud"
     shutil.copytree(tiny_model, loud)
     weights = load_file(loud / "model.safetensors")
-    weights["model.norm.weight"] *= 1000  # so that it is sure of what is wrong
+    weights["model.norm.weight"] *= 1000  # makes the model very confident in wrong tokens
     save_file(weights, loud / "model.safetensors", metadata={"format": "pt"})
     status = TinyRun(loud, tmp_path / "out", learning_rate=1e-7).start().until_ended()
     assert status.state is RunState.FAILED
@@ -140,7 +141,7 @@ def test_a_run_that_diverges_says_so(tiny_model: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def cgroup() -> Iterator[Path]:
-    """A control group for memory, inside of our own."""
+    """A control group for memory, inside the control group of this process."""
     for own in cgroups.own_groups("memory"):
         group = own / f"sage-test-{os.getpid()}"
         try:
@@ -182,7 +183,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_
     text = json.dumps(header).encode()
     with (huge / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + 2 * numbers)  # takes no room on the disk
+        file.truncate(8 + len(text) + 2 * numbers)  # a sparse file uses almost no disk space
     run = TinyRun(huge, tmp_path / "out").start()
     status = run.until_ended()
     assert (status.state, status.code) == (RunState.FAILED, "model_too_large")
@@ -191,7 +192,7 @@ def test_a_model_larger_than_the_memory_is_refused_before_the_data_is_read(tiny_
 
 
 def limited(run: TinyRun, home: Path, mebibytes: int, *group: Path) -> str:
-    """Train with so little address space left, or memory in a control group; return what was logged."""
+    """Train with this much additional address space, or in a control group of this size; return the log."""
     argv = [sys.executable, "-c", LIMITED, str(run.path), str(mebibytes), *map(str, group)]
     return subprocess.run(argv, env=environment(home), capture_output=True, text=True, check=False).stderr
 
@@ -200,14 +201,14 @@ def in_the_least_memory(new_run: Callable[[str], TinyRun], home: Path, *group: P
     """Return the run that completes with the least memory, and its limit in MiB.
 
     How much the libraries themselves need depends on the processor, so no single limit is right on every machine.
-    Raises AssertionError if a run with less memory fails for another reason than memory, or none completes.
+    Raises AssertionError if a run with less memory fails for another reason than memory, or if no run completes.
     """
     for mebibytes in (32, 44, 60, 80, 108, 146):
         run = new_run(f"within-{mebibytes}")
         log = limited(run, home, mebibytes, *group)
         if run.status.state is RunState.COMPLETED:
             return run, mebibytes
-        assert group or "memory" in log.lower(), log[-3000:]  # the kernel kills in a control group, without a log
+        assert group or "memory" in log.lower(), log[-3000:]  # in a control group, the kernel kills without a log
     raise AssertionError(log[-3000:])
 
 
@@ -219,7 +220,7 @@ def in_the_least_memory(new_run: Callable[[str], TinyRun], home: Path, *group: P
         pytest.param({"batch_size": 32, "fast_kernels": "off"}, marks=pytest.mark.long),
     ],
 )
-def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
+def test_too_little_memory_halves_the_micro_batch_and_does_not_change_the_losses(
     tmp_path: Path, sage_home: Path, batching: dict[str, Any]
 ) -> None:
     make_tiny_model(tmp_path / "model", width=256, layers=4)
@@ -234,9 +235,7 @@ def test_too_little_memory_halves_the_micro_batch_and_learns_the_same(
 
 
 @pytest.mark.long
-def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
-    tmp_path: Path, sage_home: Path, cgroup: Path
-) -> None:
+def test_the_memory_limit_of_a_container_halves_the_micro_batch(tmp_path: Path, sage_home: Path, cgroup: Path) -> None:
     make_tiny_model(tmp_path / "model", width=256, layers=4)
     options = {"batch_size": 32, "max_steps": 3}
     run, _ = in_the_least_memory(lambda name: TinyRun(tmp_path / "model", tmp_path / name, **options), sage_home, cgroup)
@@ -244,7 +243,9 @@ def test_a_container_s_limit_halves_the_micro_batch_where_it_would_kill(
 
 
 @pytest.mark.long
-def test_too_little_memory_for_a_single_sample(tmp_path: Path, sage_home: Path) -> None:
+def test_gradient_checkpointing_is_enabled_if_a_single_sample_does_not_fit_into_memory(
+    tmp_path: Path, sage_home: Path
+) -> None:
     make_tiny_model(tmp_path / "model", width=768, layers=4)
     data = write_jsonl(tmp_path / "long.jsonl", [chat_record("words " * 150, "answers " * 100)] * 2)
 
@@ -264,7 +265,7 @@ def precision(asked: str, width: int = 64, *, use_8bit: bool = True, **begun: bo
     return choose_precision(config, RunStatus(**begun), width)
 
 
-def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_uses_the_faster_precision_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert precision("bf16").bf16
     assert not precision("fp32").bf16
     for bf16, products in ((False, False), (True, False), (True, True)):
@@ -283,7 +284,7 @@ def test_a_run_computes_in_the_faster_numbers_and_stays_with_them(monkeypatch: p
     assert (asked.bf16, asked.bf16_products) == (True, chosen.bf16_products) or measured[1] in ("1.2", "1.3")
 
 
-def test_the_base_is_held_in_8_bits_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_model_is_stored_in_int8_if_int8_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for gain, is_taken in ((1.2, False), (1.8, True)):
         monkeypatch.setattr(int8, "measured_speedup", lambda *_, gain=gain: (gain, "measured"))
@@ -301,7 +302,7 @@ def test_the_base_is_held_in_8_bits_where_that_is_faster(monkeypatch: pytest.Mon
     assert gain >= 0
 
 
-def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
+def test_a_run_stores_weights_in_bf16_if_memory_is_scarce(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = TinyRun(tiny_model, tmp_path / "roomy", max_steps=2, precision="fp32").trained()
@@ -319,7 +320,7 @@ def test_a_run_takes_smaller_numbers_where_memory_is_scarce(
     assert any("micro-batches of up to" in warning for warning in scarce.status.warnings)
 
 
-def test_a_model_that_takes_no_kernels_has_one_kind_of_numbers(
+def test_a_model_without_kernels_uses_one_precision_for_weights_and_products(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -350,7 +351,7 @@ def test_a_micro_batch_is_cut_between_samples(times: int) -> None:
         assert labels.tolist() == batch(collator)["labels"][batch(collator)["attention_mask"].bool()].tolist()
 
 
-def test_a_part_of_a_packed_micro_batch_is_one() -> None:
+def test_a_part_of_a_packed_micro_batch_is_a_packed_micro_batch() -> None:
     for part in cut(batch(PackedCollator()), 2):
         tokens = part["cu_seq_lens_q"][-1]
         assert part["cu_seq_lens_q"][0] == 0
@@ -359,7 +360,7 @@ def test_a_part_of_a_packed_micro_batch_is_one() -> None:
         assert int((part["position_ids"][0, :tokens] == 0).sum()) == samples_in(part)
 
 
-def test_full_fine_tuning_leaves_a_model_that_loads_and_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_writes_a_model_that_loads_and_resumes_exactly(tiny_model: Path, tmp_path: Path) -> None:
     options = {
         "finetuning_type": "full", "learning_rate": 1e-3, "max_steps": 8, "save_steps": 4, "eval_path": str(HELDOUT),
         "eval_steps": 4, "keep_best": True,
@@ -380,7 +381,7 @@ def test_full_fine_tuning_leaves_a_model_that_loads_and_goes_on_exactly(tiny_mod
         TinyRun(tiny_model, whole.output)
 
 
-def test_a_model_trained_whole_is_written_as_it_was_stored(tmp_path: Path) -> None:
+def test_full_fine_tuning_keeps_the_names_and_the_dtype_of_the_weights(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", dtype=torch.bfloat16, tie_word_embeddings=True)
     run = TinyRun(tmp_path / "model", tmp_path / "out", finetuning_type="full", max_steps=1).trained()
     stored, trained = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", run.output))
@@ -389,7 +390,7 @@ def test_a_model_trained_whole_is_written_as_it_was_stored(tmp_path: Path) -> No
 
 
 @pytest.mark.long
-def test_several_datasets_are_taken_as_often_as_they_weigh(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_weight_of_a_dataset_sets_how_often_its_samples_are_used(tiny_model: Path, tmp_path: Path) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", [chat_record(f"Question {number}?", "Yes.") for number in range(10)])
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=[f"{SAMPLES}=0.5", f"{few}=2.5"], max_steps=1).start()
     (started,) = run.completed().events("started")
@@ -399,7 +400,7 @@ def test_several_datasets_are_taken_as_often_as_they_weigh(tiny_model: Path, tmp
     assert "no sample is selected" in str(run.until_ended().message)
 
 
-def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tmp_path: Path) -> None:
+def test_held_out_samples_are_not_trained_on(tiny_model: Path, tmp_path: Path) -> None:
     few = write_jsonl(tmp_path / "few.jsonl", [chat_record(f"Question {number}?", "Yes.") for number in range(10)])
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=f"{few}=3", eval_split=0.2)
     training = TrainingRun(RunDirectory(run.path), StopRequest())
@@ -410,7 +411,7 @@ def test_held_out_samples_are_none_of_those_that_are_learnt(tiny_model: Path, tm
 
 
 @pytest.mark.parametrize("fast_kernels", ["auto", "off"])
-def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tmp_path: Path, fast_kernels: str) -> None:
+def test_embedding_noise_is_scaled_by_the_length_of_each_sample(tiny_model: Path, tmp_path: Path, fast_kernels: str) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", neftune_noise_alpha=5, fast_kernels=fast_kernels)
     training = TrainingRun(RunDirectory(run.path), StopRequest())
     table = decoder(training.loaded.model).get_input_embeddings()
@@ -431,7 +432,7 @@ def test_noise_on_embeddings_is_of_each_sample_s_own_length(tiny_model: Path, tm
 
 
 @pytest.mark.long
-def test_a_streamed_dataset_is_learnt_and_gone_on_with_exactly(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+def test_a_run_on_a_streamed_dataset_learns_and_resumes_exactly(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
     options = {"pack_tokens": 300, "streaming": True, "max_steps": 20, "save_steps": 100}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).trained()
     cut = TinyRun(tiny_model, tmp_path / "cut", **options).stopped_at(12)
@@ -440,14 +441,14 @@ def test_a_streamed_dataset_is_learnt_and_gone_on_with_exactly(tiny_model: Path,
     assert not list(sage_home.rglob("tokens.bin"))
 
 
-def test_a_fault_in_a_stream_is_named_where_it_stands(tiny_model: Path, tmp_path: Path) -> None:
+def test_an_invalid_line_of_a_streamed_dataset_is_reported_with_its_number(tiny_model: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "data.jsonl", [chat_record("Is it?", "Yes.")] * 300)
     run = TinyRun(tiny_model, tmp_path / "out", dataset_path=str(data), streaming=True, max_steps=400)
     data.write_text(data.read_text() + "{broken\n")
     assert "data.jsonl:301: not valid JSON" in str(run.start().until_ended().message)
 
 
-def test_the_largest_micro_batch_is_tried_first_if_memory_is_scarce_and_changes_no_result(
+def test_if_memory_is_scarce_the_largest_micro_batch_is_tried_first_without_changing_the_result(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens: list[int] = []

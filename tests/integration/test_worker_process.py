@@ -1,4 +1,4 @@
-"""An inference server as a process of its own: its socket, its end, clients that leave."""
+"""An inference server in its own process: its socket, its stop, and clients that disconnect."""
 
 import contextlib
 import json
@@ -16,13 +16,13 @@ import httpx
 import pytest
 from support import wait_for
 
-#: Goes on until the context is full: the tokens that could end it are banned.
+#: Request for an answer that ends only when the context is full, because its end tokens are forbidden.
 ENDLESS = {"model": "m", "prompt": "Hello", "max_tokens": 10**6, "logit_bias": {"0": -100, "1": -100, "2": -100}}
 
 
 @dataclass
 class Worker:
-    """A process and where it answers."""
+    """A worker process and its URL."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -34,7 +34,7 @@ class Worker:
 
 @pytest.fixture
 def worker(tiny_model: Path, tmp_path: Path) -> Iterator[Worker]:
-    """A worker with a context that takes hours to fill, listening on an inherited socket."""
+    """A worker that listens on an inherited socket, and whose context takes hours to fill."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -67,7 +67,7 @@ def worker(tiny_model: Path, tmp_path: Path) -> Iterator[Worker]:
     process.wait()
 
 
-def test_clients_that_left_do_not_delay_the_next(worker: Worker) -> None:
+def test_requests_of_disconnected_clients_do_not_delay_the_next_request(worker: Worker) -> None:
     def leave(stream: bool, wait_for_text: bool) -> None:
         with socket.create_connection(("127.0.0.1", int(worker.url.rpartition(":")[2]))) as client:
             body = json.dumps({**ENDLESS, "stream": stream}).encode()

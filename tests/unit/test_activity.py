@@ -1,4 +1,4 @@
-"""Requests to engines that are unloaded if they have none."""
+"""Recording of requests to engines that are unloaded when idle."""
 
 import asyncio
 import dataclasses
@@ -58,7 +58,7 @@ def test_a_request_to_an_engine_without_an_idle_stop_reads_no_database(tmp_path:
     w.run(test)
 
 
-def test_of_many_requests_one_is_written(tmp_path: Path) -> None:
+def test_only_the_first_of_many_requests_is_written_to_the_database(tmp_path: Path) -> None:
     w = World(tmp_path, S.RUNNING, idle_stop_minutes=5.0)
 
     async def test(activity: Activity) -> None:
@@ -71,9 +71,9 @@ def test_of_many_requests_one_is_written(tmp_path: Path) -> None:
     assert w.wakes == 0
 
 
-def test_a_request_that_finds_the_engine_paused_meanwhile_waits_and_wakes_it_once(tmp_path: Path) -> None:
+def test_a_request_to_an_engine_that_was_paused_meanwhile_waits_and_wakes_the_engine_once(tmp_path: Path) -> None:
     w = World(tmp_path, S.PAUSED, idle_stop_minutes=5.0)
-    outdated = dataclasses.replace(w.route(), state=S.RUNNING)  # as the change feed has not arrived yet
+    outdated = dataclasses.replace(w.route(), state=S.RUNNING)  # the change feed has not reported the pause yet
 
     async def test(activity: Activity) -> None:
         assert not await activity.may_use(outdated)
@@ -96,14 +96,14 @@ def test_a_request_to_an_engine_that_another_control_plane_has_loaded_again_wait
 
     async def test(activity: Activity) -> None:
         assert not await activity.may_use(w.route())
-        w.table.apply(w.store.get("engine-a"), server())  # the change feed has arrived
+        w.table.apply(w.store.get("engine-a"), server())  # the change feed reports the address
         assert await activity.may_use(w.route())
 
     w.run(test)
     assert w.route().address == "127.0.0.1:9000"
 
 
-def test_a_paused_engine_is_woken_once_for_many_requests_that_another_one_answers(tmp_path: Path) -> None:
+def test_a_paused_engine_is_woken_once_for_many_requests_that_another_engine_answers(tmp_path: Path) -> None:
     w = World(tmp_path, S.PAUSED, idle_stop_minutes=5.0)
 
     async def test(activity: Activity) -> None:

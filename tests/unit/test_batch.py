@@ -1,4 +1,4 @@
-"""The model thread: whose answers it runs, and what happens if something fails."""
+"""The model thread: which answers it computes in a pass, and what happens after an error."""
 
 import asyncio
 import threading
@@ -19,13 +19,13 @@ from sage.llm.workers.sampling import Piece, Sampling
 
 
 class Runner:
-    """A model of four tokens, which notes the prompts of each pass."""
+    """A model with a vocabulary of four tokens. It records the first prompt tokens of each pass."""
 
     prompt_tokens = 100
 
     def __init__(self) -> None:
         self.passes: list[list[Any]] = []
-        self.sizes = {0: 4}  #: of the vocabulary, by the first token of a prompt
+        self.sizes = {0: 4}  #: size of the vocabulary, by the first token of a prompt
 
     def new_cache(self, _limit_tokens: int) -> list[int]:
         return []
@@ -38,7 +38,7 @@ class Runner:
 
 
 class Answer:
-    """An answer of a number of tokens."""
+    """An answer that ends after `length` tokens, or fails at its start if `length` is negative."""
 
     scores_prompt, limit = False, 9
 
@@ -67,7 +67,7 @@ def submit(batch: Batch, name: int, answers: int = 1, length: int = 2) -> Job[Pi
 
 
 async def submitted_at_once(batch: Batch, *requests: tuple[int, int]) -> list[Job[Piece]]:
-    """Submit requests, each of a name and a number of answers, before the next pass."""
+    """Submit requests before the next pass. requests: name and number of answers of each request."""
     may_continue = threading.Event()
 
     def hold() -> None:
@@ -95,7 +95,7 @@ def run(scenario: Callable[[Batch, Runner], Any], slots: int = 4) -> None:
     asyncio.run(main())
 
 
-def test_a_request_with_many_answers_shares_the_slots_with_those_that_come_later() -> None:
+def test_a_request_with_many_answers_shares_the_slots_with_later_requests() -> None:
     async def scenario(batch: Batch, runner: Runner) -> None:
         jobs = await submitted_at_once(batch, (1, 40), (2, 1), (3, 2))
         assert [len(await texts_of(job)) for job in jobs] == [40, 1, 2]
@@ -118,7 +118,7 @@ def test_a_batch_is_active_until_some_seconds_after_its_last_request(monkeypatch
     run(scenario)
 
 
-def test_an_error_after_the_pass_fails_its_answers_and_the_thread_continues() -> None:
+def test_an_error_after_a_pass_fails_the_answers_of_the_pass_and_the_thread_continues() -> None:
     async def scenario(batch: Batch, runner: Runner) -> None:
         runner.sizes = {1: 5}  # the logits cannot be stacked
         for job in await submitted_at_once(batch, (1, 1), (2, 1)):
@@ -130,7 +130,7 @@ def test_an_error_after_the_pass_fails_its_answers_and_the_thread_continues() ->
     run(scenario)
 
 
-def test_an_answer_that_cannot_begin_fails_its_request_only() -> None:
+def test_an_answer_that_cannot_begin_fails_only_its_own_request() -> None:
     async def scenario(batch: Batch, _: Runner) -> None:
         failing, other = submit(batch, 1, answers=3, length=-1), submit(batch, 2)
         with pytest.raises(SageError, match="memory"):

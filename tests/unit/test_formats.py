@@ -104,7 +104,7 @@ def test_turns_may_be_given_as_one_list_per_field() -> None:
         parse_record(uneven)
 
 
-def test_an_empty_list_of_images_in_a_cell_is_ignored() -> None:
+def test_an_empty_list_of_images_in_json_text_is_ignored() -> None:
     assert parse_record({"prompt": "q", "completion": "a", "images": "[]"}).content.messages == [USER, ANSWER]
 
 

@@ -27,7 +27,7 @@ STATES = (EngineState.STOPPED, EngineState.FAILED, EngineState.COMPLETED)
 
 
 def stored(count: int) -> tuple[Store, Lease]:
-    """Put settled engines, one of each kind in turn, into the store; return it, with the lease of another process."""
+    """Create a store with ended engines of all kinds in turn. Return the store, and a lease that another process holds."""
     node, store = open_state_folder(), Store(open_database(load_settings().store_url))
     store.register_node(node, "host")
     lease = store.acquire_lease(node, "another", "host", ProcessIdentity.of(1))
@@ -43,7 +43,7 @@ def _id(number: int) -> str:
 
 
 def ask(test: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
-    """Run a test against the application without opening it: it neither reconciles nor takes the lease."""
+    """Run a test against an application that is not started, so that it neither reconciles nor takes the lease."""
 
     async def main() -> None:
         transport = httpx.ASGITransport(create_app(load_settings()))
@@ -105,7 +105,7 @@ def test_filters_name_states_and_kinds_separated_by_commas() -> None:
         (f"{ENGINES}/engine-a/training?max_points=1", "max_points"),
     ],
 )
-def test_a_wrong_filter_is_a_400_that_names_it(path: str, param: str) -> None:
+def test_an_invalid_parameter_is_named_in_a_400_error(path: str, param: str) -> None:
     async def test(client: httpx.AsyncClient) -> None:
         answer = await client.get(path)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
@@ -136,7 +136,7 @@ def test_the_change_feed_is_read_in_parts_by_its_cursor() -> None:
     ask(test)
 
 
-def test_the_followed_change_feed_continues_from_the_last_event_id_and_sends_what_is_new() -> None:
+def test_the_followed_change_feed_continues_from_the_last_event_id_and_sends_new_events() -> None:
     async def main() -> None:
         store, lease = stored(3)
         cursor = store.events(0, limit=2)[-1].id
@@ -154,7 +154,7 @@ def test_the_followed_change_feed_continues_from_the_last_event_id_and_sends_wha
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_reader_from_now_on_asks_for_the_newest_cursor() -> None:
+def test_after_latest_returns_the_newest_cursor() -> None:
     store, _ = stored(3)
 
     async def test(client: httpx.AsyncClient) -> None:
@@ -164,7 +164,7 @@ def test_a_reader_from_now_on_asks_for_the_newest_cursor() -> None:
     ask(test)
 
 
-def test_a_stream_from_now_on_begins_with_the_next_event_and_is_kept_alive_by_comments(
+def test_a_stream_after_latest_begins_with_the_next_event_and_is_kept_alive_by_comments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sage.llm.gateway.event_streams._KEEP_ALIVE_SECONDS", 0.01)
@@ -277,7 +277,7 @@ def test_a_standby_answers_reads_and_refuses_writes_with_the_address_of_the_acti
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_an_engine_of_another_node_is_read_and_not_changed() -> None:
+def test_an_engine_of_another_node_can_be_read_but_not_changed() -> None:
     store, own_lease = stored(0)
     store.release_lease(own_lease)
     store.register_node("node-b", "host-b")

@@ -83,7 +83,7 @@ def test_the_server_of_the_base_ends_after_the_answers_with_the_adapter_are_comp
     assert killed.signal is Signal.KILL
 
 
-def test_the_server_of_a_base_with_other_engines_only_unloads_the_adapter() -> None:
+def test_a_base_server_that_has_other_engines_unloads_the_adapter_and_continues() -> None:
     base = record(S.RUNNING, id="engine-base", base="/base", server_id="server-base", served_as="sage-base-1", revision=1)
     leaving = swapped()
     assert planned(base, leaving, state_seconds=10) == {leaving.id: UnloadAdapter(leaving, BASE, "sage-x-1")}
@@ -110,6 +110,6 @@ def test_a_merger_has_the_precision_context_and_slots_of_the_engine_and_the_fast
         tuned(options=options, on_busy=OnBusy.PREEMPT, base_version="v", threads=2), Observed(alive=True, context_tokens=99)
     )
     assert (found.backend, found.dedicated, found.merges, found.merger_id) == (backend, True, "engine-x", None)
-    assert (found.on_busy, found.base_version, found.threads) == (OnBusy.FAIL, None, None)  # it makes no engine yield
+    assert (found.on_busy, found.base_version, found.threads) == (OnBusy.FAIL, None, None)  # mergers do not preempt engines
     assert expected.items() <= found.options.items()
     assert found.name != "m"

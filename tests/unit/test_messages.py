@@ -1,4 +1,4 @@
-"""Turns with all field names: what the model learns from them, and errors that name the position."""
+"""Chat turns in all accepted forms: which answers are trained on, and errors that name the position."""
 
 import json
 from typing import Any
@@ -39,7 +39,7 @@ def test_an_answer_excluded_by_any_flag_is_context_only(flag: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("flag", [*({name: True} for name in FLAGS), {"weight": 1}, {"weight": 1.0}, {"weight": None}, {}])
-def test_an_answer_without_such_a_flag_is_trained_on(flag: dict[str, Any]) -> None:
+def test_an_answer_that_no_flag_excludes_is_trained_on(flag: dict[str, Any]) -> None:
     assert not chat_of({"messages": [USER, {**ANSWER, **flag}]}).untrained
 
 

@@ -1,4 +1,4 @@
-"""Copies of models that are made to serve them: their limit of size, leftovers, and models that are not downloaded yet."""
+"""Copies of models for serving: their size limit, leftovers of killed processes, and models that are not downloaded yet."""
 
 import fcntl
 import json
@@ -17,7 +17,7 @@ from sage.llm.workers import vllm
 
 
 def make_copy(home: Path, name: str, *, used_seconds: int, size_bytes: int = 100) -> Path:
-    """Make a copy `KIND/KEY` that no process uses."""
+    """Make a copy that no process uses. name: `KIND/KEY`."""
     folder = home / "cache" / name
     private_folder(folder)
     (folder / "weights").write_bytes(bytes(size_bytes))
@@ -35,7 +35,7 @@ def test_the_copies_used_longest_ago_are_deleted_until_the_rest_fits(sage_home: 
     assert copies.copies_bytes() == 200
 
 
-def test_a_copy_that_a_process_uses_is_kept_though_it_was_used_first(sage_home: Path) -> None:
+def test_a_copy_that_a_process_uses_is_kept_even_if_it_was_used_longest_ago(sage_home: Path) -> None:
     used, unused = make_copy(sage_home, "gguf/a", used_seconds=1), make_copy(sage_home, "gguf/b", used_seconds=2)
     with used.with_name(".a.use").open() as use:
         fcntl.flock(use, fcntl.LOCK_SH)
@@ -45,7 +45,7 @@ def test_a_copy_that_a_process_uses_is_kept_though_it_was_used_first(sage_home: 
     assert not used.exists()
 
 
-def test_what_a_killed_process_left_is_deleted_also_within_the_limit(sage_home: Path) -> None:
+def test_leftovers_of_a_killed_process_are_deleted_even_within_the_limit(sage_home: Path) -> None:
     complete = make_copy(sage_home, "vllm/a", used_seconds=1)
     partial = complete.with_name(".b.partial-123")
     partial.mkdir()
@@ -70,7 +70,7 @@ def test_a_copy_is_made_once_and_linked_files_do_not_count(sage_home: Path, monk
 
 
 @pytest.mark.parametrize("is_adapter", [False, True])
-def test_a_model_is_downloaded_before_its_copy_is_named_by_its_files(
+def test_a_model_is_downloaded_before_its_files_determine_the_name_of_its_copy(
     is_adapter: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = ModelSource("org/base", ModelKind.HUB, tmp_path / "hub")

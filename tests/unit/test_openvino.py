@@ -1,4 +1,4 @@
-"""OpenVINO without its packages: the backend's command, the errors, the arguments of the conversion."""
+"""The OpenVINO backend's command, errors, and conversion arguments. The tests do not need the OpenVINO packages."""
 
 import os
 import sys

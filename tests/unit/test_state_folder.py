@@ -23,7 +23,7 @@ def test_another_home_is_another_node(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert open_state_folder() != first
 
 
-def test_access_of_others_to_the_state_folder_of_an_older_version_is_removed() -> None:
+def test_opening_a_state_folder_removes_the_access_of_other_users() -> None:
     state = get_user_paths().state_dir
     (state / "engines" / "engine-a").mkdir(parents=True, mode=0o755)
     (state / "engines" / "engine-a" / "engine.log").write_text("a prompt")

@@ -1,4 +1,4 @@
-"""The vLLM backend's command and rules for adapters, and the rules that its server adds to vLLM; without vLLM."""
+"""The vLLM backend's command and its checks of adapters, and the rules of its server. The tests do not need vLLM."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ def test_a_backend_that_is_not_installed_is_refused_with_the_command_that_instal
     ("entry", "problem"),
     [({}, None), ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q_proj": 4}}, "rank_pattern, which vLLM ignores")],
 )
-def test_an_adapter_that_vllm_would_serve_wrongly_does_not_join(
+def test_an_adapter_that_vllm_would_serve_wrongly_cannot_join_the_server(
     tmp_path: Path, entry: dict[str, Any], problem: str | None
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **entry}))
@@ -65,7 +65,7 @@ def test_an_adapter_that_vllm_would_serve_wrongly_does_not_join(
 
 
 class Config:
-    """The limits that vLLM's configuration has."""
+    """The fields of vLLM's configuration that the server reads."""
 
     def __init__(self, folder: Path) -> None:
         self.model_config, self.scheduler_config = self, self
@@ -74,7 +74,7 @@ class Config:
 
 
 class FakeEngine:
-    """The methods of vLLM's engine client for sleeping, and a `generate` that yields `outputs`."""
+    """Stands for vLLM's engine client: it can sleep and wake, and its `generate` yields `outputs`."""
 
     def __init__(self, *outputs: Any) -> None:
         self.level = 0
@@ -100,7 +100,7 @@ ENGINE = FakeEngine()
 
 
 def requested(folder: Path, method: str, path: str, *, json: Any = None, **headers: str) -> httpx.Response:
-    """Return the answer of a server with the rules, whose own routes answer as vLLM's."""
+    """Send a request to a server with `Rules` and with fake vLLM routes; return the answer."""
 
     async def echo(request: Request) -> Response:
         body = await request.json()
@@ -140,7 +140,7 @@ def test_a_request_reaches_vllm_unchanged_and_an_unknown_parameter_is_named(tmp_
 
 
 @pytest.mark.parametrize("model", ["unknown", "text"])
-def test_errors_have_words_as_codes(tmp_path: Path, model: str) -> None:
+def test_error_codes_are_words_instead_of_numbers(tmp_path: Path, model: str) -> None:
     answer = requested(tmp_path, "POST", CHAT, json={"model": model})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
@@ -151,7 +151,7 @@ def test_requests_of_other_sites_and_hosts_are_rejected(tmp_path: Path) -> None:
     assert requested(tmp_path, "POST", CHAT, json={}, origin="http://localhost:3000").status_code == 200
 
 
-def test_the_health_has_the_token_and_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_reports_the_engine_the_limits_and_the_token_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAGE_ENGINE_ID", "engine-a")
     found = requested(tmp_path, "GET", "/health").json()
     assert (found["engine"], found["context_tokens"], found["slots"]) == ("engine-a", 512, 4)
@@ -159,7 +159,7 @@ def test_the_health_has_the_token_and_the_limits(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("DELTA", [3, 5]), ("CUMULATIVE", [3, 3])])
-def test_tokens_are_counted_by_model_and_also_those_of_an_interrupted_answer(
+def test_tokens_are_counted_by_model_including_tokens_of_interrupted_answers(
     kind: str, expected: list[int], tmp_path: Path
 ) -> None:
     def output(*tokens: int) -> Any:
@@ -181,7 +181,7 @@ def test_tokens_are_counted_by_model_and_also_those_of_an_interrupted_answer(
     assert counts.by_model == {"base": expected, "tuned": [2 * number for number in expected]}
 
 
-def test_an_adapter_with_another_prompt_or_too_large_a_rank_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_with_another_template_another_tokenizer_or_too_large_a_rank_is_refused(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder in (base, adapter):
         folder.mkdir()
@@ -203,7 +203,7 @@ def test_an_adapter_with_another_prompt_or_too_large_a_rank_is_refused(tmp_path:
     assert "adapter's chat template differs" in loaded().json()["error"]["message"]
     for file in adapter.iterdir():
         file.unlink()
-    assert loaded().status_code == 200  # it has none, and uses the base's
+    assert loaded().status_code == 200  # without these files, the adapter uses the files of the base
 
 
 def test_the_server_sleeps_and_wakes_only_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +222,7 @@ def test_the_server_sleeps_and_wakes_only_with_its_key(tmp_path: Path, monkeypat
     assert send("GET", "/is_sleeping", "").status_code == 401
 
 
-def test_on_a_gpu_the_server_can_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_can_sleep_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Environment, "is_installed", True)
     commands = {}
     for device in ("cpu", "cuda"):

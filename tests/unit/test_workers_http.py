@@ -143,7 +143,7 @@ def test_requests_from_pages_of_this_machine_are_accepted(app: FastAPI, headers:
     assert ask(app, json={"value": 1}, headers=headers).status_code == 200
 
 
-def test_unknown_routes_and_methods_have_openai_s_shape(app: FastAPI) -> None:
+def test_errors_for_unknown_routes_and_methods_have_the_format_of_openai(app: FastAPI) -> None:
     assert (lambda answer: (answer.status_code, error_of(answer)["code"]))(ask(app, "GET", "/no")) == (404, "not_found")
     answer = ask(app, "GET", "/echo")
     assert (answer.status_code, error_of(answer)["code"]) == (405, "method_not_allowed")
@@ -157,7 +157,7 @@ def test_an_unexpected_error_is_reported_and_logged_without_the_prompt(
     assert (failed.status_code, error_of(failed)["code"]) == (500, "internal_error")
     assert (full.status_code, error_of(full)["code"]) == (503, "out_of_memory")
     assert "Retry-After" in full.headers
-    assert "test_workers_http.py" in caplog.text  # where it was raised
+    assert "test_workers_http.py" in caplog.text  # the traceback names the file that raised the error
     assert "esiar" not in caplog.text + failed.text + full.text
 
 
@@ -274,7 +274,7 @@ def test_the_result_or_exception_of_finished_work_is_passed_on() -> None:
 def test_code_that_does_not_end_is_stopped() -> None:
     def spin() -> None:
         while True:
-            with contextlib.suppress(Exception):  # as templates' filters do
+            with contextlib.suppress(Exception):  # some template filters suppress exceptions, too
                 json.dumps(1)
 
     with pytest.raises(TimeLimitExceeded):
