@@ -24,7 +24,7 @@ def test_each_engine_gets_the_share_of_its_weight(weights: dict[str, int], has_c
     for engine, weight in weights.items():
         share = weight / sum(weights.values())
         sigma = (share * (1 - share) / count) ** 0.5
-        assert abs(found[engine] / count - share) < 6 * sigma  # by chance once in 10^9 runs
+        assert abs(found[engine] / count - share) < 6 * sigma  # fails by chance once in about 10^9 runs
 
 
 def test_a_client_stays_with_its_engine_whatever_the_order_of_the_engines() -> None:
