@@ -1,4 +1,4 @@
-"""Environments of backends, which the real pip installs from a local package index, without a network."""
+"""Environments of backends. The real pip installs them from a local package index, without network access."""
 
 import hashlib
 import json

@@ -132,7 +132,7 @@ def test_a_worker_that_exits_without_reporting_an_error_has_failed(exit_code: in
     assert message in observed.reason.message
 
 
-def test_the_end_that_a_run_reported_is_observed_with_its_figures() -> None:
+def test_the_reported_end_of_a_run_is_observed_with_the_figures_of_the_run() -> None:
     finetune, engine = run_with([*STARTED, {"event": "finished", "step": 5, "output_dir": "/out"}])
     observed = probe(finetune, engine, alive=True)
     assert (observed.alive, observed.ended) == (True, EngineState.COMPLETED)  # its process is about to exit
@@ -252,7 +252,7 @@ def test_servers_that_do_not_answer_do_not_delay_the_checks_of_other_servers(mon
     asyncio.run(test())
 
 
-def test_a_server_that_exited_has_a_reason_only_if_its_launch_was_stored() -> None:
+def test_a_server_that_exited_is_reported_only_if_its_launch_was_stored() -> None:
     inference, dead = InferenceExecutor(LocalLauncher()), ProcessObservation(alive=False, exit_code=1)
     assert asyncio.run(inference.probe(record(), server(ServerState.PLANNED), dead)).reason is None
     observed = asyncio.run(inference.probe(record(), server(), dead))

@@ -209,7 +209,7 @@ def test_the_hint_of_a_crashed_run_names_the_checkpoint_that_resume_uses() -> No
     assert status.progress == 0.4
 
 
-def test_a_run_that_continued_from_an_older_checkpoint_names_that_checkpoint() -> None:
+def test_the_hint_names_the_older_checkpoint_from_which_the_run_continued() -> None:
     saved = [{"event": "checkpoint", "step": 3}, {"event": "checkpoint", "step": 6}]
     events = [STARTED, *saved, {"event": "launched"}, {**STARTED, "step": 3}, STEP]
     assert "checkpoint 3" in (derive(fold(RunStatus(), parsed(events)), alive=False).hint or "")

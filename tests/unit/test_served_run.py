@@ -64,7 +64,7 @@ def seen(checkpoint_step: int | None, ended: EngineState | None = None, step: in
         ({"checkpoints": True}, Observed(alive=True), None),
     ],
 )
-def test_a_checkpoint_is_served_if_requested_and_the_result_when_there_is_one(
+def test_checkpoints_and_the_result_of_a_run_are_served_as_requested(
     serve: dict[str, Any] | None, observed: Observed, expected: object
 ) -> None:
     engine = record(S.RUNNING, serve=serve and {"name": "tuned", **serve} if serve != {} else {"name": "tuned"}, **RUN)
