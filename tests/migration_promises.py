@@ -76,7 +76,7 @@ class MigrationPromises:
             assert compare_metadata(MigrationContext.configure(connection), metadata) == []
 
     @pytest.mark.parametrize("revision", ["0001", "0002"])
-    def test_an_older_database_is_carried_over(self, database_url: str, revision: str) -> None:
+    def test_an_older_database_is_migrated(self, database_url: str, revision: str) -> None:
         node = open_state_folder()
         make_old(database_url, revision, owner=node if revision == "0002" else None)
         database = open_database(database_url)
@@ -124,7 +124,7 @@ class MigrationPromises:
             assert engine.server_id in (None, f"server-{engine.id.removeprefix('engine-')}")
             assert (engine.server_id in servers) == (engine.state in (S.STARTING, S.RUNNING, S.STOPPING))
 
-    def test_the_feed_of_an_older_database_goes_on(self, database_url: str) -> None:
+    def test_new_events_continue_the_numbering_of_an_older_database(self, database_url: str) -> None:
         make_old(database_url, "0002", owner="node-a")
         store = Store(open_database(database_url))
         before = store.last_event()
@@ -154,7 +154,7 @@ class MigrationPromises:
             assert connection.scalar(text("SELECT count(*) FROM engines")) == len(_ENGINES)
             assert connection.scalar(text("SELECT node FROM owner")) == "node-a"
 
-    def test_a_database_of_a_newer_version_is_refused_and_left_alone(self, database_url: str) -> None:
+    def test_a_database_of_a_newer_version_is_refused_and_not_changed(self, database_url: str) -> None:
         database = open_database(database_url)
         with database.begin() as connection:
             connection.execute(text("UPDATE alembic_version SET version_num = '0099'"))

@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 def sage(*arguments: str, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command `sage`; check: expected exit code; None: any exit code."""
+    """Run the command `sage`. `check` is the expected exit code; None accepts any exit code."""
     done = subprocess.run(
         [*SAGE, *arguments], capture_output=True, text=True, timeout=options.pop("timeout", 240), check=False, **options
     )

@@ -1,4 +1,4 @@
-"""Whatever is sent to the gateway: no server error, no hang, nothing undocumented, and engines that go on answering."""
+"""For every request, the gateway answers as documented, without server errors or hangs, and its engines still answer."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ MODELS = {"/v1/chat/completions": "tiny", "/v1/completions": "tiny", "/v1/embedd
 
 @pytest.fixture
 def gateway(tiny_model: Path) -> Iterator[httpx.Client]:
-    """A gateway with an engine of each kind that answers."""
+    """Yield a client of a gateway with a running `llm` engine and a running `embedding` engine."""
     sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
     sage("llm", "engine", "start", "all-minilm-l6-v2", "--engine-kind", "embedding", "--name", "minilm")
     with httpx.Client(base_url=f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}", timeout=60) as client:
@@ -33,17 +33,18 @@ def asker(gateway: httpx.Client) -> Any:
 
 
 @pytest.mark.parametrize("cases", CASES)
-def test_the_gateway_stands_any_request(gateway: httpx.Client, tiny_model: Path, cases: int) -> None:
+def test_the_gateway_answers_every_request_as_documented(gateway: httpx.Client, tiny_model: Path, cases: int) -> None:
     ended = engine_of(sage("llm", "engine", "start", str(tiny_model), "--name", "ended", "--no-wait"))
     sage("llm", "engine", "stop", ended)
     document = gateway.get("/openapi.json").json()
     management = {path: item for path, item in document["paths"].items() if path not in MODELS}
     for item in management.values():
         for parameter in item.get("get", {}).get("parameters", ()):
-            if parameter["name"] == "engine_id":  # an engine that has ended: its streams have an end
+            if parameter["name"] == "engine_id":  # the streams of an engine that has ended are finite
                 parameter["schema"] = {"enum": [ended, ended, "engine-unknown"]}
     feed = management["/v1/management/events"]["get"]
-    feed["parameters"] = [each for each in feed["parameters"] if each["name"] != "follow"]  # that stream has no end
+    # A stream with the parameter `follow` does not end.
+    feed["parameters"] = [each for each in feed["parameters"] if each["name"] != "follow"]
     for part in (*inference(document, MODELS), {**document, "paths": management}):
         fuzz(part, str(gateway.base_url), cases // 3, asker(gateway))
     assert {engine["state"] for engine in list_engines().values()} == {"running", "stopped"}

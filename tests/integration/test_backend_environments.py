@@ -1,4 +1,4 @@
-"""Environments of backends, made by real pip from a package index of the test's own; no network."""
+"""Environments of backends. The real pip installs them from a local package index, without network access."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import wait_for
 
-#: The command line with an environment `toy`; the arguments: the size that it needs on the disk, the largest size of
-#: a file that may be written (-1: any), and the command.
+#: Runs the command line with one environment, `toy`. The arguments are the disk space that `toy` needs in bytes, the
+#: maximum size of a written file (-1: no limit), and the command.
 TOY_SAGE = """
 import resource, sys
 from sage.cli import main
@@ -29,7 +29,7 @@ main.main()
 
 @pytest.fixture(autouse=True)
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An index with one version of `toy-server`; pip sees no other."""
+    """Create a package index with one version of `toy-server`, and return its folder. Pip uses no other index."""
     project = tmp_path / "index" / "toy-server"
     project.mkdir(parents=True)
     wheel = project / "toy_server-1.0-py3-none-any.whl"
@@ -64,7 +64,7 @@ def leftovers(home: Path) -> list[str]:
     return sorted(path.name for path in (home / "data" / "backends").iterdir() if path.suffix != ".lock")
 
 
-def test_installed_checked_and_removed(sage_home: Path) -> None:
+def test_an_environment_is_installed_checked_and_removed(sage_home: Path) -> None:
     output, errors = done(backend("install", "toy", "--json"))
     folder = sage_home / "data" / "backends" / "toy-server-1.0"
     assert json.loads(output) == {"name": "toy", "version": "1.0", "folder": str(folder), "changed": True}
@@ -102,7 +102,7 @@ def test_an_interrupted_installation_leaves_nothing_behind(sage_home: Path, numb
     assert leftovers(sage_home) == []
 
 
-def test_after_a_killed_installation_the_next_one_begins_anew(sage_home: Path) -> None:
+def test_an_installation_after_a_killed_one_starts_with_an_empty_folder(sage_home: Path) -> None:
     process = backend("install", "toy")
     folder = sage_home / "data" / "backends" / "toy-server-1.0"
     wait_for((folder / "bin" / "python").exists, "the environment has begun")
@@ -130,13 +130,13 @@ def test_a_version_that_the_index_lacks_is_named_as_the_reason(sage_home: Path, 
     assert leftovers(sage_home) == []
 
 
-def test_too_little_space_is_found_before_anything_is_made(sage_home: Path) -> None:
+def test_too_little_disk_space_is_reported_before_any_file_is_created(sage_home: Path) -> None:
     _, errors = done(backend("install", "toy", disk_bytes=10**18), code=1)
     assert "needs 1000000000.0 GB of disk space" in errors
     assert leftovers(sage_home) == []
 
 
 def test_a_disk_that_becomes_full_is_named_as_the_reason(sage_home: Path) -> None:
-    _, errors = done(backend("install", "toy", limit_bytes=100_000), code=1)  # no file may become larger
+    _, errors = done(backend("install", "toy", limit_bytes=100_000), code=1)  # larger files cannot be written
     assert "The disk became full while the backend 'toy' was installed." in errors
     assert leftovers(sage_home) == []

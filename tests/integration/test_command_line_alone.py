@@ -44,7 +44,7 @@ def test_the_command_line_alone_works_with_a_gateway_elsewhere(sage_home: Path) 
 @pytest.mark.parametrize(
     "command", [("gateway", "start"), ("studio",), ("llm", "dataset", "check", "x"), ("llm", "model", "list")], ids=" ".join
 )
-def test_a_command_that_needs_more_says_what_to_install(command: tuple[str, ...], sage_home: Path) -> None:
+def test_a_command_that_needs_other_packages_says_what_to_install(command: tuple[str, ...], sage_home: Path) -> None:
     done = slim(*command)
     assert done.returncode == 2, done.stderr
     assert "is not installed.\n  Install it: pip install 'sage-cli[local]'." in done.stderr

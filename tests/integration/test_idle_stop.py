@@ -1,4 +1,4 @@
-"""Engines without requests are unloaded, and loaded again at the next one; a server of a few lines stands for a model's."""
+"""Engines without requests are unloaded, and loaded again at the next request. A small test server serves the models."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.manager import ControlPlaneManager
 
 S = EngineState
-#: In minutes: short, and long enough for what a test does between two requests.
+#: Stop after one idle second, so that the tests are short.
 IDLE: dict[str, Any] = {"idle_stop_minutes": 1 / 60}
 
 
@@ -63,7 +63,7 @@ def test_an_idle_adapter_is_unloaded_alone_and_joins_its_server_again(tiny_model
     run(test)
 
 
-def test_an_engine_with_requests_stays_loaded_also_during_a_long_one(
+def test_an_engine_with_requests_stays_loaded_even_during_a_long_request(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sage.llm.control_plane.activity._CHECK_SECONDS", 0.05)
@@ -112,7 +112,7 @@ def test_requests_at_the_moment_of_the_pause_are_all_answered(tiny_model: Path) 
         engine = await started(manager, tiny_model, name="base", **IDLE)
         for number in range(10):
             await until(manager, engine.id, S.RUNNING)
-            await asyncio.sleep(0.95 + number / 100)  # from before the pause until after it
+            await asyncio.sleep(0.95 + number / 100)  # the requests arrive between just before and just after the pause
             assert await answered(manager, "base") == str(tiny_model)
 
     run(test)

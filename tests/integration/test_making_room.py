@@ -1,4 +1,4 @@
-"""Real training runs that wait for memory, or get it from a served model; a server of a few lines stands for the model's."""
+"""Real training runs that wait for memory, or get the memory of a served model. A small test server serves the model."""
 
 import asyncio
 import contextlib
@@ -30,9 +30,7 @@ async def train(manager: ControlPlaneManager, model: Path, output: Path, steps: 
     return await manager.start_engine(StartRequest.model_validate(request))
 
 
-def test_a_model_makes_room_for_a_run_and_returns_and_every_request_is_answered_by_it(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_model_makes_room_for_a_run_and_all_requests_to_the_model_are_answered(tiny_model: Path, tmp_path: Path) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         model = await started(manager, tiny_model, name="chat", memory_gb=1)
         answers: list[str] = []
@@ -54,13 +52,13 @@ def test_a_model_makes_room_for_a_run_and_returns_and_every_request_is_answered_
                 await asyncio.sleep(0.01)
         asking.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            await asking  # raises what a request got
+            await asking  # raises the error if a request failed
         assert set(answers) == {str(tiny_model)}
 
     run(test)
 
 
-def test_runs_wait_in_the_queue_which_a_user_can_change(tiny_model: Path, tmp_path: Path) -> None:
+def test_runs_wait_in_a_queue_whose_order_a_user_can_change(tiny_model: Path, tmp_path: Path) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         first = await train(manager, tiny_model, tmp_path / "1", 1_000_000)
         await until(manager, first.id, S.RUNNING)

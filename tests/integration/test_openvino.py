@@ -42,7 +42,7 @@ print(json.dumps(answers))
 
 @pytest.fixture(autouse=True)
 def open_vino(sage_home: Path) -> OpenVino:
-    """The installed environment; tests are skipped without it, because it is too large for `make test` (550 MB)."""
+    """Return the installed environment. It is too large for `make test` (550 MB), so the tests are skipped without it."""
     link_backend("openvino", sage_home)
     return OpenVino(Path(environments.interpreter("openvino")))
 
@@ -63,7 +63,8 @@ def adapter(tiny_model: Path, tmp_path: Path) -> Path:
 def test_an_exported_adapter_answers_in_openvino_genai_as_with_transformers(
     tiny_model: Path, adapter: Path, tmp_path: Path, open_vino: OpenVino
 ) -> None:
-    export_model(str(adapter), ExportFormat.OPENVINO, tmp_path / "out", open_vino=open_vino)  # compares tokens and logits
+    # The export also compares the tokens and the logits with those of transformers.
+    export_model(str(adapter), ExportFormat.OPENVINO, tmp_path / "out", open_vino=open_vino)
     argv = [open_vino.interpreter, "-c", _PROGRAM, tmp_path / "out"]
     done = subprocess.run(argv, input=json.dumps(PROMPTS), capture_output=True, text=True, check=True)
     model, chat_format = trained_model(tiny_model, adapter), ChatFormat(load_tokenizer(adapter))
@@ -174,7 +175,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
 
 
 def long_context(tiny_model: Path, tmp_path: Path) -> Path:
-    """Return a copy of the model with a context for an answer of 60,000 tokens."""
+    """Return a copy of the model whose context is long enough for an answer of 60,000 tokens."""
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 65_536}))

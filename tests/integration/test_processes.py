@@ -1,4 +1,4 @@
-"""Detached processes and the local launcher: launched, observed, signalled as whole sessions."""
+"""Detached processes and the local launcher: launches, observations, and signals to whole sessions."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def send(spec: ProcessSpec, kind: Signal) -> None:
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Iterator[ProcessSpec]:
-    """A process that sleeps; whatever is left of its session is killed."""
+    """Yield the specification of a process that sleeps. After the test, all processes of its session are killed."""
     spec = ProcessSpec(("sleep", "60"), tmp_path / "sage" / "p.lock", tmp_path / "sage" / "p.log")
     yield spec
     send(spec, Signal.KILL)
@@ -51,13 +51,13 @@ def gone(spec: ProcessSpec) -> bool:
     return wait_for(lambda: holder(spec.lock_path) is None, "the end of the process")
 
 
-def test_a_lock_lives_as_long_as_its_process(spec: ProcessSpec) -> None:
+def test_a_lock_is_held_until_its_process_exits(spec: ProcessSpec) -> None:
     process = spawn(spec)
     assert holder(spec.lock_path) == process
     assert (process.memory_bytes() or 0) > 0
     with pytest.raises(Conflict):
         spawn(spec)
-    spec.lock_path.write_text("")  # its parent died before it could write down who it is
+    spec.lock_path.write_text("")  # as if the parent died before it wrote the identity of the process
     wait_for(lambda: holder(spec.lock_path) == process, "its environment")
     assert process.send_signal(signal.SIGKILL)
     gone(spec)
@@ -72,7 +72,7 @@ def test_a_lock_file_of_an_older_version_is_read(spec: ProcessSpec) -> None:
 
 
 @pytest.mark.parametrize("step_seconds", [3, -3600, 3600])
-def test_a_step_of_the_clock_changes_no_identity(
+def test_setting_the_clock_does_not_change_the_identity_of_a_process(
     spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch, step_seconds: int
 ) -> None:
     process, me = spawn(spec), ProcessIdentity.of(os.getpid())
@@ -86,7 +86,7 @@ def test_a_step_of_the_clock_changes_no_identity(
     gone(spec)
 
 
-def test_another_process_of_the_same_pid_is_not_it_and_a_zombie_is_none() -> None:
+def test_neither_a_zombie_nor_another_process_with_the_same_pid_counts_as_alive() -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -100,9 +100,7 @@ def test_another_process_of_the_same_pid_is_not_it_and_a_zombie_is_none() -> Non
     assert not ProcessIdentity.unknown().send_signal(signal.SIGKILL)
 
 
-def test_what_cannot_be_looked_at_for_want_of_descriptors_is_not_called_dead(
-    spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_is_not_reported_dead_if_no_descriptor_is_free(spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     process = spawn(spec)
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -119,7 +117,7 @@ def test_what_cannot_be_looked_at_for_want_of_descriptors_is_not_called_dead(
     assert holder(spec.lock_path) == process
 
 
-def test_a_kill_takes_the_children_with_it(spec: ProcessSpec) -> None:
+def test_a_kill_also_kills_the_children(spec: ProcessSpec) -> None:
     process = spawn(shell(spec, "sleep 61 & sleep 62 & sleep 63 & wait"))
     wait_for(lambda: len(session_members(process.pid)) == 4, "its children")
     send(spec, Signal.KILL)
@@ -165,7 +163,7 @@ def test_the_oldest_process_of_a_lock_is_found_even_if_a_child_has_a_lower_pid(
     assert processes.find_by_environment([spec.lock_path]) == {spec.lock_path: process}
 
 
-def test_a_suspended_process_that_is_asked_to_stop_does_so(spec: ProcessSpec) -> None:
+def test_a_suspended_process_stops_after_a_stop_signal(spec: ProcessSpec) -> None:
     process = spawn(shell(spec, "trap 'echo saved; exit 0' TERM; echo begun; while :; do sleep 0.02; done"))
     wait_for(lambda: "begun" in spec.log_path.read_text(), "its beginning")
     os.kill(process.pid, signal.SIGSTOP)
@@ -192,9 +190,7 @@ def test_the_exit_code_or_signal_of_a_process_is_known(spec: ProcessSpec, script
     assert describe_exit(None).startswith("exited")
 
 
-def test_a_process_whose_identity_cannot_be_written_down_does_not_live_on(
-    spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_is_killed_if_its_identity_cannot_be_written(spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = []
 
     def full(descriptor: int, identity: ProcessIdentity) -> None:
@@ -226,7 +222,7 @@ def test_a_descriptor_is_inherited_under_its_number(spec: ProcessSpec) -> None:
 
 
 def server(spec: ProcessSpec, port: int = 0) -> ProcessSpec:
-    """A process that prints its port and whether the descriptor that it was given is a socket."""
+    """Return the specification of a process that prints its port and the file behind its inherited descriptor."""
     argv = ("sh", "-c", 'echo "$0 $(readlink /proc/self/fd/$1)"; exec sleep 60', PORT_ARGUMENT, DESCRIPTOR_ARGUMENT)
     return dataclasses.replace(spec, argv=argv, port=port)
 
@@ -235,7 +231,7 @@ def launch(spec: ProcessSpec) -> str | None:
     return asyncio.run(LAUNCHER.launch(spec))
 
 
-def test_a_process_is_handed_a_socket_on_which_the_launcher_listens_already(spec: ProcessSpec) -> None:
+def test_a_process_gets_a_socket_on_which_the_launcher_already_listens(spec: ProcessSpec) -> None:
     address = launch(server(spec))
     assert address is not None
     host, port = address.split(":")
@@ -261,7 +257,7 @@ def test_a_second_launch_neither_starts_a_process_nor_changes_the_address(spec: 
     assert observe(spec)[0].address == address
 
 
-def test_a_port_that_is_taken_starts_nothing(spec: ProcessSpec) -> None:
+def test_a_process_is_not_started_if_its_port_is_in_use(spec: ProcessSpec) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(Conflict, match="cannot be used"):
         launch(server(spec, other.getsockname()[1]))
     assert not observe(spec)[0].alive
@@ -281,7 +277,7 @@ def test_the_memory_of_a_process_includes_its_children(spec: ProcessSpec) -> Non
     assert (observe(spec)[0].memory_bytes or 0) > own
 
 
-def test_many_processes_are_observed_with_one_look_at_all_processes(
+def test_the_pids_are_listed_at_most_twice_to_observe_many_processes(
     tmp_path: Path, spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = spawn(spec)
@@ -294,10 +290,10 @@ def test_many_processes_are_observed_with_one_look_at_all_processes(
     found = observe(spec, *others)
     assert found[0].pid == alive.pid
     assert not any(other.alive for other in found[1:])
-    assert len(listings) <= 2  # by environment, and by session
+    assert len(listings) <= 2  # one listing by environment and one by session
 
 
-def test_a_process_that_cannot_be_observed_is_missing_and_hides_no_other(
+def test_a_process_that_cannot_be_observed_is_omitted_and_the_others_are_observed(
     tmp_path: Path, spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spawn(spec)
@@ -313,7 +309,7 @@ def test_a_process_that_cannot_be_observed_is_missing_and_hides_no_other(
     assert found.keys() == {str(spec.lock_path)}
 
 
-def test_without_free_descriptors_nothing_is_observed_and_nothing_is_called_dead(
+def test_without_free_descriptors_no_process_is_observed_or_reported_dead(
     spec: ProcessSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spawn(spec)

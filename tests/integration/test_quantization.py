@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes holds in 8 or 4 bits; on the CPU they are slow, but they are the same code as on a GPU."""
+"""Base models that bitsandbytes quantizes to 8 or 4 bits. On the CPU they are slow, but run the same code as on a GPU."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from training import TinyRun
 
 
 def learnt(tmp_path: Path, quantization: str, **options: Any) -> TinyRun:
-    """Train a model that is wide enough to be quantised."""
+    """Train a model that is wide enough to be quantized."""
     if not (tmp_path / "model").exists():
         make_tiny_model(tmp_path / "model", width=128)
     more = {"quantization": quantization, "eval_path": str(HELDOUT), "max_steps": 6, **options}
@@ -23,7 +23,7 @@ def learnt(tmp_path: Path, quantization: str, **options: Any) -> TinyRun:
 
 
 @pytest.mark.parametrize("quantization", ["8bit", pytest.param("4bit", marks=pytest.mark.long)])
-def test_a_quantised_base_learns_with_the_kernels(tmp_path: Path, quantization: str) -> None:
+def test_a_quantized_base_is_trained_with_the_fast_kernels(tmp_path: Path, quantization: str) -> None:
     fast = learnt(tmp_path, quantization)
     assert fast.events("started")[0]["kernels"].startswith("fast")
     if quantization == "4bit":
@@ -31,10 +31,11 @@ def test_a_quantised_base_learns_with_the_kernels(tmp_path: Path, quantization: 
         assert plain.losses() == pytest.approx(fast.losses(), rel=1e-2)
 
 
-def test_without_bitsandbytes_a_quantised_base_is_refused(
+def test_without_bitsandbytes_a_quantized_base_is_refused(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.prefix = {str(tmp_path)!r}")  # where setup put none
+    # No bitsandbytes is installed below this prefix.
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.prefix = {str(tmp_path)!r}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     status = TinyRun(tiny_model, tmp_path / "out", quantization="4bit").start().until_ended()
     assert status.code == "bitsandbytes_missing"

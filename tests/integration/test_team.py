@@ -1,4 +1,4 @@
-"""Several processes that train together; here they share the CPU, and talk as GPUs do."""
+"""Several processes that train one model together. In these tests they share one CPU instead of using several GPUs."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def others(run: TinyRun) -> list[psutil.Process]:
     return psutil.Process(leader.pid).children() if leader else []
 
 
-def test_two_processes_learn_what_one_does_of_batches_twice_as_large(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_have_the_losses_of_one_process_with_batches_twice_as_large(tiny_model: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "gradient_accumulation_steps": 2, "eval_path": str(HELDOUT), "eval_steps": 4}
     one = TinyRun(tiny_model, tmp_path / "one", **options, batch_size=4).trained()
     two = TinyRun(tiny_model, tmp_path / "two", **options, batch_size=2, num_processes=2).start().completed()
@@ -33,7 +33,7 @@ def test_two_processes_learn_what_one_does_of_batches_twice_as_large(tiny_model:
 
 
 @pytest.mark.long
-def test_a_stopped_team_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_of_two_processes_continues_with_the_same_losses(tiny_model: Path, tmp_path: Path) -> None:
     options = {**OPTIONS, "pack_tokens": 300, "num_processes": 2}
     whole = TinyRun(tiny_model, tmp_path / "whole", **options).start().completed()
     cut = TinyRun(tiny_model, tmp_path / "cut", **options).stopped_at(3)
@@ -42,7 +42,7 @@ def test_a_stopped_team_goes_on_exactly(tiny_model: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("victim", ["leader", pytest.param("follower", marks=pytest.mark.long)])
-def test_none_outlives_another(tiny_model: Path, tmp_path: Path, victim: str) -> None:
+def test_if_one_process_is_killed_the_others_end(tiny_model: Path, tmp_path: Path, victim: str) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", **{**OPTIONS, "max_steps": 500}, num_processes=2).start().at_step(2)
     (follower,) = others(run)
     leader = run.manager.process(run.task_id)
@@ -54,7 +54,7 @@ def test_none_outlives_another(tiny_model: Path, tmp_path: Path, victim: str) ->
     wait_for(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, "the follower to leave")
 
 
-#: Makes the additional process of a run fail in its third step with a MemoryError, but only once.
+#: Makes the second process of a run fail in its third step with a MemoryError, but only once.
 SHORT_OF_MEMORY = """
 import os, sys, time
 from pathlib import Path
@@ -72,7 +72,7 @@ if os.environ.get("SAGE_WORKER_RANK") and not mark.exists():
 
 
 @pytest.mark.long
-def test_a_process_without_enough_memory_halves_the_micro_batch_of_all(
+def test_a_process_without_enough_memory_halves_the_micro_batch_of_all_processes(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**OPTIONS, "max_steps": 5, "save_steps": 2, "batch_size": 4, "num_processes": 2}

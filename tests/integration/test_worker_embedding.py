@@ -65,7 +65,7 @@ def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: Embed
         ("a", {"input_type": "query"}, "input_type", "not supported"),
     ],
 )  # fmt: skip
-def test_embeddings_of_nothing_or_too_much_are_refused(
+def test_empty_too_long_and_unsupported_requests_are_refused(
     embeddings: Server, given: Any, more: dict[str, Any], param: str, reason: str
 ) -> None:
     error = error_of(embeddings.embed(given, **more))
@@ -73,7 +73,7 @@ def test_embeddings_of_nothing_or_too_much_are_refused(
     assert reason in error["message"]
 
 
-def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Server) -> None:
+def test_concurrent_requests_get_the_same_embeddings_as_one_request_with_all_texts(embeddings: Server) -> None:
     texts = [f"text {'and more ' * (index % 7)}number {index}" for index in range(40)]
 
     async def ask_all() -> list[httpx.Response]:
@@ -88,7 +88,7 @@ def test_embeddings_asked_for_at_once_are_those_asked_for_alone(embeddings: Serv
         torch.testing.assert_close(torch.tensor(answer.json()["data"][0]["embedding"]), alone[index], atol=1e-5, rtol=0)
 
 
-def test_inputs_of_a_client_that_left_are_not_computed(
+def test_inputs_of_a_client_that_disconnected_are_not_computed(
     embeddings: Server, embedder: Embedder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed, batches, may_go_on, has_begun = embedder._embed, list[int](), threading.Event(), threading.Event()
@@ -124,7 +124,7 @@ def test_vectors_as_base64_are_the_same_numbers(embeddings: Server) -> None:
 
 
 def save_minilm(folder: Path, *modules: Any, **options: Any) -> Path:
-    """Save the mini model's transformer with other modules behind it, as sentence-transformers saves them."""
+    """Save the transformer of all-minilm-l6-v2, followed by other modules, in the format of sentence-transformers."""
     transformer = SentenceTransformer(str(resolve_model("all-minilm-l6-v2").folder))[0]
     SentenceTransformer(modules=[transformer, *modules], **options).save_pretrained(str(folder))
     return folder
@@ -160,7 +160,7 @@ FOLDERS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_of_sentence_transformers_gives_its_own_vectors(name: str, tmp_path: Path) -> None:
+def test_a_sentence_transformers_folder_gives_the_same_vectors_as_the_library(name: str, tmp_path: Path) -> None:
     folder = FOLDERS[name](tmp_path / "model")
     texts = ["a cat", "a much longer text about the stock market in 1929", "cats"]
     expected = SentenceTransformer(str(folder)).encode(texts, convert_to_tensor=True)
@@ -185,7 +185,7 @@ def test_a_plain_folder_of_transformers_is_pooled_by_the_mean_with_a_warning(
     torch.testing.assert_close(torch.nn.functional.normalize(vector, dim=0), expected[0], atol=1e-5, rtol=0)
 
 
-def test_a_model_that_takes_no_tokens_says_so(tmp_path: Path) -> None:
+def test_a_model_that_takes_only_text_rejects_token_ids(tmp_path: Path) -> None:
     error = error_of(Server(embedding.build(str(static(tmp_path / "model")))).embed([5, 6]))
     assert (error["param"], error["message"]) == ("input", "input 0: this model takes text, not token ids.")
 

@@ -1,4 +1,4 @@
-"""The HTTP client, sync and async, against a small server; the classes of errors; what the command line installs."""
+"""Tests of the sync and async clients with a small server, of the error classes, and of the command line's dependencies."""
 
 import ast
 import asyncio
@@ -39,7 +39,7 @@ def first(count: int, items: Any) -> Any:
     return [next(items) for _ in range(count)]
 
 
-#: Every method: its call, and the value that it returns for the server's answer.
+#: For each case: its name, the call, and a check of the value or error that results.
 CALLS: list[tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = [
     ("start_engine", lambda c: c.start_engine(model="m"), lambda r: r.id == "engine-a"),
     ("page_engines", lambda c: c.page_engines(limit=5, kinds=[EngineKind.LLM]), lambda r: r.has_more),
@@ -176,7 +176,7 @@ def test_every_code_is_registered_with_the_class_that_raises_it() -> None:
                 else None
             )
             if kind in (None, errors.SageError, errors.GatewayUnreachable) or not isinstance(kind, type):
-                continue  # of GatewayUnreachable no gateway reports one
+                continue  # no gateway sends a code of GatewayUnreachable
             assert isinstance(node, ast.Call)
             codes = [k.value.value for k in node.keywords if k.arg == "code" and isinstance(k.value, ast.Constant)]
             missing |= {(kind.__name__, code) for code in codes if code not in codes_of(kind)}
@@ -188,7 +188,7 @@ def test_the_class_of_an_unknown_code_follows_from_the_status() -> None:
     assert error_class("new") is errors.SageError
 
 
-def test_a_log_that_is_continued_loses_and_repeats_no_byte() -> None:
+def test_a_continued_log_has_no_missing_or_repeated_bytes() -> None:
     reader = streams.LogReader()
     reader.begin({"X-Log-Offset": "100"})
     assert reader.feed(b"one\ntw") == ["one"]

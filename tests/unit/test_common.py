@@ -26,7 +26,7 @@ def test_sage_home_moves_all_folders(sage_home: Path) -> None:
     assert not sage_home.exists()
 
 
-def test_the_environment_overrides_the_file_and_the_file_the_defaults(
+def test_the_environment_overrides_the_file_and_the_file_overrides_the_defaults(
     sage_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SAGE_GATEWAY_PORT")
@@ -119,7 +119,7 @@ def test_no_secret_is_printed_with_the_settings(sage_home: Path, monkeypatch: py
     assert "hunter2" not in str(caught.value)
 
 
-def test_only_their_user_can_access_sage_s_folders_and_other_folders_keep_their_mode(tmp_path: Path) -> None:
+def test_only_the_user_can_access_the_folders_of_sage_and_other_folders_keep_their_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     state = tmp_path / "sage" / "state"
     state.parent.mkdir(mode=0o755)
@@ -134,5 +134,5 @@ def test_only_their_user_can_access_sage_s_folders_and_other_folders_keep_their_
     assert modes[state.parent] == 0o755
 
 
-def test_a_noun_has_the_number_of_its_count() -> None:
+def test_a_noun_is_plural_unless_its_count_is_one() -> None:
     assert [counted(count, "fault") for count in (0, 1, 2)] == ["0 faults", "1 fault", "2 faults"]

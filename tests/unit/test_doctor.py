@@ -75,7 +75,7 @@ def test_an_unreachable_database_server_is_reported_without_its_password() -> No
     assert "SAGE_DATABASE_URL" in doctor_state._database(asdict(report)).remedy
 
 
-def test_a_port_of_another_program_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_another_program_uses_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         settings = Settings(gateway_port=other.getsockname()[1])
         finding = doctor_state._port(settings)

@@ -1,4 +1,4 @@
-"""Inputs of several embedding requests share batches, and none makes another wait long."""
+"""Inputs of several embedding requests share batches, and no request makes another request wait long."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ from sage.llm.workers.embedding_queue import Batcher, Entry, FairQueue, Request
 
 
 class Gone:
-    """The part of a job that the queue looks at."""
+    """Stands for a job: the queue reads only its event `gone`."""
 
     def __init__(self) -> None:
         self.gone = threading.Event()
@@ -31,7 +31,7 @@ def taken(batch: list[Entry[int]]) -> list[int]:
     return [entry.given for entry in batch]
 
 
-def test_requests_share_batches_of_similar_lengths_within_the_bound() -> None:
+def test_requests_share_batches_of_similar_lengths_within_the_token_limit() -> None:
     queue = FairQueue[int](max_tokens=128)
     add(queue, [20, 90])
     add(queue, [30, 25, 100, 3])
@@ -49,7 +49,7 @@ def test_a_long_input_is_embedded_alone() -> None:
     assert taken(queue.take()) == [5000]
 
 
-def test_a_short_request_waits_for_no_more_than_a_batch_of_a_long_one() -> None:
+def test_a_short_request_waits_for_at_most_one_batch_of_long_requests() -> None:
     queue = FairQueue[int](max_tokens=1024)
     for _ in range(3):
         add(queue, [500] * 200)
@@ -59,7 +59,7 @@ def test_a_short_request_waits_for_no_more_than_a_batch_of_a_long_one() -> None:
         assert taken(queue.take()) == [10]
 
 
-def test_a_long_request_is_served_however_many_short_ones_come() -> None:
+def test_a_long_request_is_served_although_short_requests_keep_coming() -> None:
     queue = FairQueue[int](max_tokens=1024)
     add(queue, [500])
     waits = 0
@@ -69,7 +69,7 @@ def test_a_long_request_is_served_however_many_short_ones_come() -> None:
     assert waits < 100
 
 
-def test_inputs_of_a_client_that_left_are_dropped() -> None:
+def test_inputs_of_a_client_that_disconnected_are_dropped() -> None:
     queue = FairQueue[int](max_tokens=1024)
     left = add(queue, [10, 11, 500])
     add(queue, [12])
@@ -78,7 +78,7 @@ def test_inputs_of_a_client_that_left_are_dropped() -> None:
     assert queue.take() == []
 
 
-def test_vectors_come_in_the_order_of_the_inputs_whatever_the_batches() -> None:
+def test_vectors_are_returned_in_the_order_of_the_inputs() -> None:
     batches: list[list[int]] = []
 
     def embed(inputs: list[int]) -> list[str]:
@@ -96,7 +96,7 @@ def test_vectors_come_in_the_order_of_the_inputs_whatever_the_batches() -> None:
     assert sorted(given for batch in batches for given in batch) == [1, 3, 3, 40, 50, 60]
 
 
-def test_an_input_that_fails_fails_its_request_only() -> None:
+def test_if_an_input_fails_only_its_request_fails() -> None:
     batches: list[list[int]] = []
     has_begun, may_continue = threading.Event(), threading.Event()
 
@@ -121,7 +121,7 @@ def test_an_input_that_fails_fails_its_request_only() -> None:
 
     assert asyncio.run(scenario()) == [[5, 6], [7]]
     assert sorted(batches[1]) == [5, 6, 7, 13, 13]
-    assert batches.count([13]) == 1  # the request has failed by then
+    assert batches.count([13]) == 1  # the second 13 is not computed, because its request has already failed
 
 
 def test_if_the_thread_ends_all_requests_are_answered_with_an_error_and_no_more_are_accepted(

@@ -132,7 +132,7 @@ def test_a_worker_that_exits_without_reporting_an_error_has_failed(exit_code: in
     assert message in observed.reason.message
 
 
-def test_the_end_that_a_run_reported_is_observed_with_its_figures() -> None:
+def test_the_reported_end_of_a_run_is_observed_with_the_figures_of_the_run() -> None:
     finetune, engine = run_with([*STARTED, {"event": "finished", "step": 5, "output_dir": "/out"}])
     observed = probe(finetune, engine, alive=True)
     assert (observed.alive, observed.ended) == (True, EngineState.COMPLETED)  # its process is about to exit
@@ -225,7 +225,7 @@ def test_a_server_is_ready_if_it_answers_its_health_check_with_its_own_name(stat
     assert (observed.alive, observed.ready) == (True, ready)
 
 
-def test_a_server_whose_launch_was_not_written_is_asked_at_the_address_of_its_process() -> None:
+def test_a_server_whose_launch_was_not_stored_is_checked_at_the_address_of_its_process() -> None:
     with answering(200, '{"engine": "engine-a"}') as address:
         alive = ProcessObservation(alive=True, address=address)
         planned = server(ServerState.PLANNED, address=None)
@@ -240,7 +240,7 @@ def test_servers_that_do_not_answer_do_not_delay_the_checks_of_other_servers(mon
         with socket.create_server(("127.0.0.1", 0), backlog=500) as silent:
             hung = server(address=f"127.0.0.1:{silent.getsockname()[1]}")
             probes = [asyncio.create_task(inference.probe(record(), hung, alive)) for _ in range(150)]
-            await asyncio.sleep(0)  # they are all asked before
+            await asyncio.sleep(0)  # all these probes start before the probe of the next server
             with answering(200, '{"engine": "engine-a"}') as address:
                 assert (await inference.probe(record(), server(address=address), alive)).ready
             assert not any(probe.done() for probe in probes)
@@ -252,7 +252,7 @@ def test_servers_that_do_not_answer_do_not_delay_the_checks_of_other_servers(mon
     asyncio.run(test())
 
 
-def test_a_server_that_exited_is_dead_once_its_launch_was_written() -> None:
+def test_a_server_that_exited_is_reported_only_if_its_launch_was_stored() -> None:
     inference, dead = InferenceExecutor(LocalLauncher()), ProcessObservation(alive=False, exit_code=1)
     assert asyncio.run(inference.probe(record(), server(ServerState.PLANNED), dead)).reason is None
     observed = asyncio.run(inference.probe(record(), server(), dead))

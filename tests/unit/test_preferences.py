@@ -88,7 +88,7 @@ def test_a_label_applies_to_the_last_answer(record: dict[str, Any], prompt: list
 
 
 @pytest.mark.parametrize("answer", ['{"part": "seal"}', '["seal"]', "[]", '[{"role": "assistant", "content": "x"}]'])
-def test_an_answer_that_is_json_is_compared_unchanged(answer: str) -> None:
+def test_an_answer_that_is_json_is_kept_unchanged(answer: str) -> None:
     spoken = [{"role": "assistant", "content": answer}]
     assert parser_of("dpo")({"prompt": "a", "chosen": answer, "rejected": "b"}).content["chosen"] == spoken
     assert parser_of("kto")({"prompt": "a", "completion": answer, "label": 1}).content["completion"] == spoken
@@ -141,6 +141,6 @@ def test_conversations_that_differ_before_the_last_answer_are_no_pair() -> None:
         parser_of("dpo")(ends)
 
 
-def test_a_reward_file_must_define_reward(tmp_path: Path) -> None:
+def test_a_missing_reward_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         check_reward_file(tmp_path / "none.py")

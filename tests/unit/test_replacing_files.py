@@ -8,7 +8,7 @@ import pytest
 from sage.common.files import replace_file
 
 
-def test_threads_that_replace_one_file_at_the_same_time_leave_a_whole_one(tmp_path: Path) -> None:
+def test_if_threads_replace_one_file_at_the_same_time_the_file_is_complete(tmp_path: Path) -> None:
     contents = [bytes([number]) * 5000 for number in range(4)]
     with ThreadPoolExecutor(4) as threads:
         for _ in range(50):
@@ -17,7 +17,7 @@ def test_threads_that_replace_one_file_at_the_same_time_leave_a_whole_one(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_file_that_cannot_be_replaced_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_replacement_leaves_no_temporary_file(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
     with pytest.raises(OSError, match="directory"):
         replace_file(tmp_path / "file", b"content")

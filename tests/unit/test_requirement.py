@@ -1,4 +1,4 @@
-"""The names and defaults of the requirement, as programs use them."""
+"""The interface that the requirement of this project prescribes: names, fields and defaults."""
 
 import asyncio
 import dataclasses

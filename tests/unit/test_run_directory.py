@@ -48,7 +48,7 @@ def make_run(path: Path, **options: Any) -> RunDirectory:
 
 @contextlib.contextmanager
 def no_descriptor_left() -> Iterator[None]:
-    """Let every further open fail in the `with` block."""
+    """Make every further `open` in the `with` block fail."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with Path(os.devnull).open() as lowest:
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest.fileno() + 1, limits[1]))
@@ -58,7 +58,7 @@ def no_descriptor_left() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_folder_is_not_taken_for_free_if_its_owner_cannot_be_read(tmp_path: Path) -> None:
+def test_the_check_of_an_output_folder_fails_if_its_owner_cannot_be_read(tmp_path: Path) -> None:
     claim_output(tmp_path, "task-a", tmp_path / "run")
     with no_descriptor_left(), pytest.raises(OSError, match="Too many open files"):
         check_claim(tmp_path, "task-b")
@@ -145,10 +145,10 @@ def test_a_series_of_steps_reads_only_new_events_and_keeps_first_last_and_extrem
     assert few[0].step > 50
     assert few[-1].step == 400
     assert max(step.loss or 0.0 for step in steps) == losses[77]
-    run.append_event(StepEvent(step=400, total_steps=400, loss=0.5))  # done again after a kill
+    run.append_event(StepEvent(step=400, total_steps=400, loss=0.5))  # a resumed run repeats a step
     assert [step.loss for step in series.read(after=399)] == [0.5]
     run.events_path.rename(tmp_path / "moved")
-    assert len(series.read()) == len(steps)  # nothing that was read is read again
+    assert len(series.read()) == len(steps)  # events that were read once are not read again
 
 
 def test_concurrent_readers_read_each_event_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_concurrent_readers_read_each_event_once(tmp_path: Path, monkeypatch: py
     assert len(read) == len(set(read)) == 200
 
 
-def test_a_figure_of_a_step_is_declared_once_and_reaches_status_and_progress() -> None:
+def test_every_figure_of_a_step_event_appears_in_the_progress() -> None:
     [event] = parsed([{**STEP, "grad_norm": 0.25, "memory_bytes": 7}])
     progress = fold(RunStatus(), [event]).training_progress()
     for figure in FIGURES:
@@ -214,7 +214,7 @@ def test_the_hint_of_a_crashed_run_names_the_checkpoint_that_resume_uses() -> No
     assert status.progress == 0.4
 
 
-def test_a_run_that_continued_from_an_older_checkpoint_names_that_checkpoint() -> None:
+def test_the_hint_names_the_older_checkpoint_from_which_the_run_continued() -> None:
     saved = [{"event": "checkpoint", "step": 3}, {"event": "checkpoint", "step": 6}]
     events = [STARTED, *saved, {"event": "launched"}, {**STARTED, "step": 3}, STEP]
     assert "checkpoint 3" in (derive(fold(RunStatus(), parsed(events)), alive=False).hint or "")
@@ -244,7 +244,7 @@ def test_a_checkpoint_exists_only_if_it_is_complete(tmp_path: Path) -> None:
     folder = written(tmp_path, 5)
     assert list_checkpoints(tmp_path) == []
     publish(folder, tmp_path, 5)
-    (tmp_path / "checkpoint-9").mkdir()  # without a manifest: someone's own folder
+    (tmp_path / "checkpoint-9").mkdir()  # a folder without a manifest is not a checkpoint
     assert [c.step for c in list_checkpoints(tmp_path)] == [5]
 
 
@@ -252,7 +252,7 @@ def damage(checkpoint: Checkpoint) -> None:
     (checkpoint.path / "weights").write_bytes(b"x")
 
 
-def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_reported_once(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_renamed_and_reported_once_and_an_older_one_is_used(tmp_path: Path) -> None:
     publish(written(tmp_path, 5), tmp_path, 5)
     newer = publish(written(tmp_path, 10), tmp_path, 10)
     damage(newer)
@@ -320,7 +320,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [c.step for c in list_checkpoints(tmp_path)] == [9, 10]
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_checkpoints_remain_if_a_new_one_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(written(tmp_path, 5), tmp_path, 5)
     newer = written(tmp_path, 10)
 
@@ -419,7 +419,7 @@ def test_a_queued_run_owns_its_output_folder_under_every_path(tmp_path: Path) ->
 def test_an_output_folder_is_claimed_and_claimed_again_by_the_same_run(tmp_path: Path) -> None:
     for _ in range(2):
         claim_output(tmp_path / "out", "task-a", tmp_path / "run")
-    claim_output(tmp_path / "out", "task-b", tmp_path / "run")  # task-a left nothing and does not live
+    claim_output(tmp_path / "out", "task-b", tmp_path / "run")  # task-a wrote no result and is not running
     assert json.loads((tmp_path / "out" / RUN_FILE).read_text())["task_id"] == "task-b"
 
 
@@ -450,7 +450,7 @@ def test_without_file_descriptors_no_other_folder_is_recommended(tmp_path: Path,
 
 def test_the_eta_is_unknown_for_ten_steps_and_then_follows_the_speed() -> None:
     meter = ProgressMeter(remaining_steps=100, closing_seconds=7)
-    meter.add(tokens=50, seconds=60)  # the first one warms up
+    meter.add(tokens=50, seconds=60)  # the first step is a warm-up and does not count
     for _ in range(8):
         meter.add(tokens=50, seconds=2)
     assert meter.eta_seconds is None

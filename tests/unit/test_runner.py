@@ -1,4 +1,4 @@
-"""How actions are executed: several at a time, retried, given up, or cancelled."""
+"""The runner executes several actions at a time, retries or cancels them, and gives up after repeated failures."""
 
 import asyncio
 import errno
@@ -39,7 +39,7 @@ class World:
         self.loaded: dict[str, str | None] = {"sage-a-1": "/older"}
 
     def add(self, state: EngineState, host: ServerState = ServerState.LAUNCHED, **values: Any) -> EngineRecord:
-        """Add an engine; if it starts or runs, on the shared server."""
+        """Add an engine. Unless the engine is queued, it uses the shared server."""
         fields = {"base": "/base", "adapter": "/newer", "revision": 1, **values}
         engine = self.store.add(record(**fields), "user", self.lease)
         if state is S.QUEUED:
@@ -124,7 +124,7 @@ def test_a_launch_stores_devices_and_threads_and_restricts_the_process_to_the_de
     assert world.launched.env == {"CUDA_VISIBLE_DEVICES": "cuda:1,cuda:3"}
 
 
-def test_an_engine_whose_server_another_one_launches_does_not_wake_the_reconciler(world: World) -> None:
+def test_an_engine_that_waits_for_a_shared_launch_does_not_wake_the_reconciler(world: World) -> None:
     first, second = (world.add(S.STARTING, ServerState.PLANNED, id=name) for name in ("engine-a", "engine-b"))
     launch = world.host()
 
@@ -187,7 +187,7 @@ def test_an_engine_fails_with_the_error_if_the_same_action_fails_five_times(worl
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_an_engine_that_is_given_up_leaves_the_process_to_the_others(world: World, others: int) -> None:
+def test_the_server_of_a_failed_engine_is_killed_unless_other_engines_use_it(world: World, others: int) -> None:
     world.add(S.STARTING)
     if others:
         world.add(S.RUNNING, id="engine-b")
@@ -238,7 +238,7 @@ def test_an_engine_does_not_fail_because_of_errors_of_the_system(world: World, e
     assert world.store.get("engine-a").state is S.STARTING
 
 
-def test_an_action_that_failed_is_repeated_later_each_time_and_a_different_one_is_not_delayed(
+def test_a_failed_action_is_delayed_before_it_is_repeated_and_a_different_action_is_not(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "_BACKOFF_SECONDS", 60.0)
@@ -265,7 +265,7 @@ def test_an_action_that_failed_is_repeated_later_each_time_and_a_different_one_i
         (RuntimeError("its rank is too large.\nMore."), runner._MAX_FAILURES),
     ],
 )
-def test_a_newer_version_that_cannot_be_loaded_leaves_the_older_one_and_a_warning_in_the_status(
+def test_if_a_newer_version_cannot_be_loaded_the_older_one_is_served_and_the_status_has_the_reason(
     world: World, error: Exception, tries: int
 ) -> None:
     newer = world.store.revise(world.add(S.RUNNING), actor="r", lease=world.lease, revision=2, model="/newer")
@@ -286,7 +286,7 @@ def test_a_newer_version_that_cannot_be_loaded_leaves_the_older_one_and_a_warnin
         assert engine.reason.message.endswith("its rank is too large. The previous version is still used.")
         assert "started" not in engine.reason.message
         assert (engine.model, engine.adapter) == ("/older", "/older")
-        world.loaded = {}  # the server has lost the older one
+        world.loaded = {}  # the server no longer has the older version
         for _ in range(tries):
             engine = await load(runner)
         assert engine.state is S.FAILED

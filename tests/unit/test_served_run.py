@@ -56,7 +56,7 @@ def seen(checkpoint_step: int | None, ended: EngineState | None = None, step: in
         ({"checkpoints": True, "step": 5}, seen(5), None),
         ({"checkpoints": True, "step": 5}, seen(10), 10),
         ({"checkpoints": True}, seen(5, S.FAILED), None),
-        ({"checkpoints": True}, seen(99, step=99), None),  # the result follows
+        ({"checkpoints": True}, seen(99, step=99), None),  # the last step: the result is served instead
         ({"checkpoints": True, "step": 5}, seen(10, S.COMPLETED), "result"),
         ({"after_step": 5}, seen(5), None),
         ({"after_step": 5}, seen(6), 6),
@@ -64,7 +64,7 @@ def seen(checkpoint_step: int | None, ended: EngineState | None = None, step: in
         ({"checkpoints": True}, Observed(alive=True), None),
     ],
 )
-def test_a_checkpoint_is_served_if_requested_and_the_result_when_there_is_one(
+def test_checkpoints_and_the_result_of_a_run_are_served_as_requested(
     serve: dict[str, Any] | None, observed: Observed, expected: object
 ) -> None:
     engine = record(S.RUNNING, serve=serve and {"name": "tuned", **serve} if serve != {} else {"name": "tuned"}, **RUN)
@@ -73,7 +73,7 @@ def test_a_checkpoint_is_served_if_requested_and_the_result_when_there_is_one(
     assert action is None or action == Publish(engine, action.step)
 
 
-def test_the_name_is_the_one_given_else_that_of_the_run_else_that_of_the_output_folder() -> None:
+def test_the_engine_has_the_requested_name_else_the_name_of_the_run_else_of_the_output_folder() -> None:
     def name(**fields: Any) -> str:
         values = {"model": "m", "engine_kind": "finetune", "serve": {}, "options": {"output_dir": "/models/out"}, **fields}
         served = served_run(StartRequest.model_validate(values))
@@ -90,7 +90,7 @@ def test_the_name_is_the_one_given_else_that_of_the_run_else_that_of_the_output_
 
 
 class World:
-    """A store with a run, and a publisher; checkpoints are folders that are found as adapters."""
+    """A store with a run, and a publisher. Each published checkpoint is a folder with a new adapter."""
 
     def __init__(self, folder: Path, base: Path, *marks: str, **serve: Any) -> None:
         self.folder, self.base, self.marks = folder, base, marks
@@ -122,13 +122,13 @@ class World:
         return self.store.get(self.serve().engine_id or "")
 
     def change(self, *states: EngineState, **values: Any) -> EngineRecord:
-        """Carry the engine that serves the run through states, as the reconciler would."""
+        """Move the engine that serves the run through these states, as the reconciler does."""
         for state in states:
             self.store.transition(self.engine(), state, actor="r", lease=self.lease, **values)
         return self.engine()
 
     def run(self) -> EngineRecord:
-        """Let the engine run, as the adapter that was published last."""
+        """Move the engine to the state running, with the adapter that was published last."""
         self.change(S.QUEUED, base=str(self.base), adapter=self.engine().model)
         return self.change(S.STARTING, S.RUNNING)
 
@@ -155,7 +155,7 @@ def test_the_first_version_creates_the_engine_and_the_next_ones_replace_its_adap
     assert len(w.store.page(limit=9)[0]) == 2
 
 
-def test_a_version_waits_for_the_checks_of_the_one_before(world: Callable[..., World]) -> None:
+def test_a_newer_version_is_not_published_while_the_engine_is_validating(world: Callable[..., World]) -> None:
     w = world()
     w.publish(5)
     with pytest.raises(StaleWrite):
@@ -163,7 +163,7 @@ def test_a_version_waits_for_the_checks_of_the_one_before(world: Callable[..., W
     assert w.serve().step == 5
 
 
-def test_the_engine_gets_backend_and_options_of_a_server_that_has_its_base(world: Callable[..., World]) -> None:
+def test_the_engine_gets_the_backend_and_options_of_a_server_with_the_same_base(world: Callable[..., World]) -> None:
     w = world()
     options = {"load_seconds": 7.0}
     host = server(backend="hosting", model=str(w.base), model_version=version(w.base), options=options, shared=True)
@@ -182,7 +182,7 @@ def test_an_adapter_that_needs_a_server_of_its_own_is_served_when_the_run_has_en
     assert (w.engine().model, w.serve().is_complete) == (str(w.output), True)
 
 
-def test_an_engine_that_merged_a_checkpoint_is_replaced_by_one_with_the_result(world: Callable[..., World]) -> None:
+def test_an_engine_that_merged_a_checkpoint_is_replaced_by_an_engine_with_the_result(world: Callable[..., World]) -> None:
     w = world()
     w.publish(5)
     merged = w.change(S.QUEUED, S.STARTING, S.RUNNING)
@@ -201,7 +201,7 @@ def test_an_engine_that_merged_a_checkpoint_keeps_its_name_when_a_newer_checkpoi
     assert (w.engine(), w.serve().step) == (merged, 10)  # it still answers with step 5
 
 
-def test_an_engine_with_the_result_is_created_only_if_the_one_that_it_replaces_is_stopped(
+def test_an_engine_with_the_result_is_created_only_if_the_previous_engine_is_stopped(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = world()
@@ -276,7 +276,7 @@ def test_a_result_that_cannot_be_loaded_does_not_keep_the_run_from_ending(world:
     assert (w.serve().engine_id, w.serve().is_complete) == (None, True)
 
 
-def test_a_run_that_was_written_meanwhile_creates_no_engine(world: Callable[..., World]) -> None:
+def test_no_engine_is_created_if_the_record_of_the_run_has_changed_meanwhile(world: Callable[..., World]) -> None:
     w = world()
     stale = dataclasses.replace(w.store.get("engine-run"), version=99)
     with pytest.raises(StaleWrite):

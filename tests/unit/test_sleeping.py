@@ -34,7 +34,7 @@ ALIVE, DEAD = Observed(alive=True, ready=True), Observed(alive=False)
 
 
 def engine(state: EngineState, desired: DesiredState = DesiredState.RUNNING, **values: Any) -> EngineRecord:
-    """Return an engine of vLLM that made room for `engine-t`."""
+    """Return an engine of the backend vLLM. If its desired state is paused, it makes room for `engine-t`."""
     fields = {"backend": "vllm", "server_id": "server-a", "reserved_bytes": 8 * GB, "base": "/m", "paused_by": None}
     if desired is PAUSED:
         fields["paused_by"] = "engine-t"
@@ -61,7 +61,7 @@ def planned(
     [
         ("engine-t", ("cuda:0",), "vllm", ServerState.LAUNCHED, Sleep),
         ("engine-t", ("cuda:0",), "vllm", ServerState.SLEEPING, Sleep),  # the request is repeated after a crash
-        ("engine-t", ("cuda:0",), "vllm", ServerState.CLOSING, SendSignal),  # it could not sleep
+        ("engine-t", ("cuda:0",), "vllm", ServerState.CLOSING, SendSignal),  # the server could not sleep
         ("engine-t", ("cpu",), "vllm", ServerState.LAUNCHED, SendSignal),
         ("engine-t", ("cuda:0",), "transformers", ServerState.LAUNCHED, SendSignal),
         ("user", ("cuda:0",), "vllm", ServerState.LAUNCHED, SendSignal),
@@ -135,7 +135,7 @@ def test_the_memory_that_a_sleeping_server_keeps_is_taken_if_an_engine_needs_it(
 
 
 class World:
-    """A store with an engine that stops to make room, and a sleeper for its server, a real HTTP server."""
+    """A store with an engine that stops to make room, and a `Sleeper` that sends requests to a real HTTP server."""
 
     def __init__(self, folder: Path, http: SleepingServer) -> None:
         self.store = Store(open_database(f"sqlite:///{folder}/engines.db"))
@@ -175,7 +175,7 @@ def http() -> Iterator[SleepingServer]:
         yield server_
 
 
-def test_a_server_sleeps_after_its_requests_and_keeps_little_memory_then_wakes(
+def test_a_server_finishes_its_requests_then_sleeps_with_little_memory_and_wakes_again(
     sage_home: Path, tmp_path: Path, http: SleepingServer
 ) -> None:
     world = World(tmp_path, http)

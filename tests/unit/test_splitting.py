@@ -24,7 +24,7 @@ def test_each_engine_gets_the_share_of_its_weight(weights: dict[str, int], has_c
     for engine, weight in weights.items():
         share = weight / sum(weights.values())
         sigma = (share * (1 - share) / count) ** 0.5
-        assert abs(found[engine] / count - share) < 6 * sigma  # by chance once in 10^9 runs
+        assert abs(found[engine] / count - share) < 6 * sigma  # fails by chance once in about 10^9 runs
 
 
 def test_a_client_stays_with_its_engine_whatever_the_order_of_the_engines() -> None:
@@ -33,7 +33,7 @@ def test_a_client_stays_with_its_engine_whatever_the_order_of_the_engines() -> N
         assert {first(client, a=3, b=1), first(client, b=1, a=3)} == {first(client, a=3, b=1)}
 
 
-def test_clients_are_distributed_anew_for_each_route() -> None:
+def test_each_route_distributes_its_clients_independently() -> None:
     split = targets(a=1, b=1)
     other = Counter(
         in_order_of_preference("test", split, f"u{n}")[0] for n in range(1000) if first(f"u{n}", a=1, b=1) == "a"

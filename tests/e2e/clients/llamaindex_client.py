@@ -1,4 +1,4 @@
-"""What LlamaIndex's OpenAI-like client gets; prints it as JSON."""
+"""Send requests with LlamaIndex's OpenAI-like client, and print the results as JSON."""
 
 import json
 import sys
