@@ -119,7 +119,7 @@ def test_the_largest_micro_batch_that_fits_is_found(model: Path) -> None:
     assert run.fitting_samples(0, 50) == 0
 
 
-def test_the_limit_of_a_micro_batch_assumes_the_samples_that_need_the_most_memory(model: Path) -> None:
+def test_the_limit_of_a_micro_batch_assumes_samples_with_the_most_memory_per_token(model: Path) -> None:
     assert batch_limit(config_of(model, batch_size=2, max_seq_length=300)) == {300: 2}
     assert batch_limit(config_of(model, pack_tokens=1024, max_seq_length=2048)) == {256: 4}
 
