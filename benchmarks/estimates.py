@@ -87,7 +87,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     config = FinetuneConfig.model_validate({**case.options(), "dataset_path": str(data), "output_dir": str(folder / "out")})
     task = manager.create(config)
     spec = manager.process_spec(task)
-    if case.precision == "8-bit base":  # on a busy machine, the measured speed of int8 products would decide
+    # Without _INT8_WORKER, the worker measures int8 products and does not use them if a busy machine makes them slow.
+    if case.precision == "8-bit base":
         spec = replace(spec, argv=(sys.executable, "-c", _INT8_WORKER, *spec.argv[3:]))
     spawn(spec)
     while manager.process(task):

@@ -48,8 +48,8 @@ def install(commit: str, folder: Path) -> Path:
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
     environment = folder / "environment"
     venv.create(environment, symlinks=True)
-    # This .pth file adds folders to the import path. Python ignores the .pth files in those folders, so it cannot import the
-    # current version of SAGE, which one of the ignored files adds.
+    # This .pth file adds folders to the import path. Python ignores the .pth files in these folders. One of the ignored
+    # files would add the current version of SAGE to the import path.
     paths = [*sorted((source / "packages").glob("*/src")), Path(sysconfig.get_path("purelib"))]
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "landed.pth").write_text("".join(f"{path}\n" for path in paths))

@@ -42,13 +42,13 @@ class LeasePromises(Stored):
         assert leader
         assert (leader.holder, leader.host, leader.url) == ("b", "another host", "http://127.0.0.1:1")
 
-    def test_the_lease_of_a_process_of_this_host_that_exited_is_free_at_once(self, store: Store) -> None:
+    def test_if_a_process_on_the_same_host_has_exited_its_lease_is_free_at_once(self, store: Store) -> None:
         store.register_node("n", "host")
         assert store.acquire_lease("n", "a", "host", EXITED)
         assert store.acquire_lease("n", "b", "another host", ME) is None
         assert store.acquire_lease("n", "b", "host", ME)
 
-    def test_a_released_lease_is_free_at_once_and_its_fence_does_not_fall(self, store: Store) -> None:
+    def test_a_released_lease_is_free_at_once_and_the_next_lease_has_a_higher_fence(self, store: Store) -> None:
         first = lease_of(store, holder="a")
         store.release_lease(first)
         assert store.leader("n") is None
@@ -60,7 +60,7 @@ class LeasePromises(Stored):
         assert third
         assert first.fence < second.fence < third.fence
 
-    def test_of_many_who_take_a_free_lease_at_once_one_gets_it(self, store: Store) -> None:
+    def test_if_many_holders_request_a_free_lease_at_once_only_one_gets_the_lease(self, store: Store) -> None:
         store.register_node("n", "host")
         for _ in range(5):
             with ThreadPoolExecutor(4) as pool:
@@ -104,7 +104,7 @@ class LeasePromises(Stored):
         assert store.renew_lease(lease, "holder")
         store.transition(engine, S.STARTING, actor="r", lease=lease)
 
-    def test_a_clock_that_is_set_back_keeps_nobody_from_the_lease(self, store: Store, lease: Lease) -> None:
+    def test_a_lease_can_be_acquired_after_the_clock_was_set_back(self, store: Store, lease: Lease) -> None:
         engine = store.add(record(), "user", lease)
         expire(store, 3600)
         assert store.leader("n") is None

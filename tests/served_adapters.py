@@ -20,7 +20,7 @@ def make_lora(base: Path, folder: Path, seed: int, **config: Any) -> Path:
 
 
 def greedy(base: Path, adapter: Path | None) -> str:
-    """Return what transformers and PEFT answer."""
+    """Return the answer that transformers and PEFT generate with greedy decoding."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter:

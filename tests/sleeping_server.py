@@ -1,4 +1,4 @@
-"""A small HTTP server with the routes with which vLLM sleeps and wakes."""
+"""A small HTTP server with vLLM's routes for sleep and wake-up."""
 
 import http.server
 import json
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 
 class SleepingServer(http.server.ThreadingHTTPServer):
-    """Records its requests. `fails` is the path of a route that answers with status 500."""
+    """Records its requests. If `ignores` is true, the server never sleeps.
+
+    The route whose path is `fails` answers with status 500.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

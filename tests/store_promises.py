@@ -55,7 +55,7 @@ class StorePromises(Stored):
         assert replace(added, **unset) == given
         assert added.first_event == added.last_event == store.last_event()
 
-    def test_times_are_those_of_the_database_and_in_utc(self, store: Store, lease: Lease) -> None:
+    def test_times_are_set_by_the_database_and_are_in_utc(self, store: Store, lease: Lease) -> None:
         added = store.add(record(created_at=datetime(2000, 1, 1, tzinfo=UTC)), "user", lease)
         assert abs(added.created_at - datetime.now(UTC)) < timedelta(minutes=1)
         assert added.created_at.utcoffset() == timedelta(0)
@@ -83,7 +83,7 @@ class StorePromises(Stored):
             store.transition(engine, S.COMPLETED, actor="reconciler", lease=lease)
         assert store.get("engine-a") == engine
 
-    def test_a_server_appears_and_goes_with_the_transition_of_its_engine(self, store: Store, lease: Lease) -> None:
+    def test_a_server_is_added_and_removed_in_a_transition_of_its_engine(self, store: Store, lease: Lease) -> None:
         engine = store.add(record(), "user", lease)
         planned = server(ServerState.PLANNED, address=None)
         engine = store.transition(engine, S.STARTING, actor="r", lease=lease, put_server=planned, server_id="server-a")
@@ -98,7 +98,9 @@ class StorePromises(Stored):
         assert store.servers("n") == []
         assert store.hosted(["engine-a"]) == [(engine, None)]
 
-    def test_an_engine_joins_a_server_until_it_closes_and_the_last_one_removes_it(self, store: Store, lease: Lease) -> None:
+    def test_engines_join_a_server_until_the_server_closes_and_the_last_engine_removes_the_server(
+        self, store: Store, lease: Lease
+    ) -> None:
         first, second, third = (store.add(record(id=f"engine-{name}"), "user", lease) for name in "abc")
         starting: dict[str, Any] = {"actor": "r", "lease": lease}
         first = store.transition(first, S.STARTING, put_server=server(), server_id="server-a", **starting)
@@ -141,7 +143,7 @@ class StorePromises(Stored):
         assert (old.desired, old.state) == (DesiredState.STOPPED, S.STARTING)
         assert {event.engine_id for event in store.events(store.last_event() - 2, limit=9)} == {"engine-a", "engine-b"}
 
-    def test_of_two_engines_that_leave_a_server_at_once_one_is_the_last(self, store: Store, lease: Lease) -> None:
+    def test_if_two_engines_leave_a_server_at_once_the_server_keeps_one_of_them(self, store: Store, lease: Lease) -> None:
         for round_ in range(5):
             ids, host = [f"engine-{round_}{name}" for name in "ab"], server(id=f"server-{round_}")
             a, b = (store.add(record(id=engine_id), "user", lease) for engine_id in ids)
@@ -195,14 +197,14 @@ class StorePromises(Stored):
         assert store.servers("n") == []
         assert [event.after for event in store.events(limit=9)][2:] == [S.FAILED, S.QUEUED]
 
-    def test_what_the_user_asked_for_is_kept_and_reported_by_the_feed(self, store: Store, lease: Lease) -> None:
+    def test_the_desired_state_is_stored_and_reported_by_the_change_feed(self, store: Store, lease: Lease) -> None:
         engine = store.add(record(), "user", lease)
         asked = store.set_desired(engine, DesiredState.STOPPED, force=True, actor="user", lease=lease)
         assert (asked.desired, asked.force, asked.state, asked.version) == (DesiredState.STOPPED, True, S.QUEUED, 2)
         event = store.events(engine.last_event, limit=1)[0]
         assert (event.kind, event.reason, asked.last_event) == (EventKind.DESIRED, "stopped by force", engine.last_event)
 
-    def test_a_request_is_noted_without_a_lease_and_makes_a_pause_that_was_planned_before_it_fail(
+    def test_a_request_is_recorded_without_a_lease_and_a_pause_that_was_planned_earlier_fails(
         self, store: Store, lease: Lease
     ) -> None:
         idle = store.add(record(S.QUEUED, idle_stop_minutes=5.0), "user", lease)
@@ -232,13 +234,13 @@ class StorePromises(Stored):
             store.remove(stale, actor="user", lease=lease)
         assert (store.get("engine-a"), store.servers("n"), store.last_event()) == (current, [], before)
 
-    def test_of_a_removed_engine_one_event_stays(self, store: Store, lease: Lease) -> None:
+    def test_only_the_removal_event_of_a_removed_engine_is_kept(self, store: Store, lease: Lease) -> None:
         store.remove(_settled(store, lease, S.STOPPED), actor="user", lease=lease)
         with pytest.raises(NotFound, match="No engine 'engine-a'"):
             store.get("engine-a")
         assert [(e.kind, e.before, e.actor) for e in store.events(limit=9)] == [(EventKind.REMOVED, S.STOPPED, "user")]
 
-    def test_an_active_engine_has_its_port_alone_on_its_node(self, store: Store, lease: Lease) -> None:
+    def test_two_active_engines_of_a_node_cannot_have_the_same_port(self, store: Store, lease: Lease) -> None:
         first = store.add(record(requested_port=9000), "user", lease)
         with pytest.raises(Conflict) as caught:
             store.add(record(id="engine-b", requested_port=9000), "user", lease)
@@ -253,7 +255,9 @@ class StorePromises(Stored):
         store.add(record(id="engine-d"), "user", lease)
         store.add(record(id="engine-e"), "user", lease)  # without a port there is no conflict
 
-    def test_of_many_starts_with_one_port_at_once_one_is_accepted(self, store: Store, lease: Lease) -> None:
+    def test_if_many_engines_with_the_same_port_are_added_at_once_only_one_is_accepted(
+        self, store: Store, lease: Lease
+    ) -> None:
         def add(number: int) -> bool:
             try:
                 store.add(record(id=f"engine-{number}", requested_port=9000), "user", lease)
@@ -318,7 +322,9 @@ class StorePromises(Stored):
             store.add(record(state, id=f"engine-{number}"), "user", lease)
         assert store.count() == {(K.LLM, S.RUNNING): 2, (K.LLM, S.FAILED): 1}
 
-    def test_the_feed_goes_on_behind_a_cursor_and_can_be_that_of_one_engine(self, store: Store, lease: Lease) -> None:
+    def test_the_change_feed_continues_after_a_cursor_and_can_be_limited_to_one_engine(
+        self, store: Store, lease: Lease
+    ) -> None:
         assert (store.last_event(), store.events(limit=9)) == (0, [])
         engine = store.add(record(), "user", lease)
         store.add(record(id="engine-b"), "user", lease)
@@ -380,7 +386,7 @@ class StorePromises(Stored):
             (EventKind.ROUTE, "", "a/b", "removed"),
         ]
 
-    def test_of_many_writers_of_a_route_the_last_one_counts(self, store: Store, lease: Lease) -> None:
+    def test_if_many_writers_set_a_route_the_last_write_is_kept(self, store: Store, lease: Lease) -> None:
         def write(number: int) -> None:
             store.set_route("prod", [RouteTarget(engine=f"engine-{number}")], None, actor="user", lease=lease)
 

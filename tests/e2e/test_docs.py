@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ is run, in order, as a reader would: also the main job on the real model."""
+"""The commands of README.md and docs/ run in order, as a reader would run them. They also train and serve the real model."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def test_every_page_with_commands_is_run() -> None:
 
 
 def greedy(base: Path, adapter: Path | None, question: str, count: int) -> str:
-    """Return what transformers and PEFT themselves answer."""
+    """Return the answer that transformers and PEFT generate with greedy decoding."""
     tokens = greedy_tokens(base, adapter, question, count)
     return str(AutoTokenizer.from_pretrained(base).decode(tokens, skip_special_tokens=True))
 
@@ -38,7 +38,7 @@ def greedy(base: Path, adapter: Path | None, question: str, count: int) -> str:
 @pytest.mark.long
 @pytest.mark.timeout(1200)  # it trains the real model four times
 @pytest.mark.usefixtures("smollm2")
-def test_the_commands_of_the_documentation_work_and_the_answers_are_the_adapter_s(
+def test_the_commands_of_the_documentation_work_and_the_adapter_gives_the_answers(
     clone: Path, converted_smollm2: Path
 ) -> None:
     script = ["set -euo pipefail"]
@@ -47,7 +47,7 @@ def test_the_commands_of_the_documentation_work_and_the_answers_are_the_adapter_
             if language == "python":
                 script.append(f"python - <<'PYTHON'\n{block}PYTHON")
             else:
-                # make runs this test itself; only the existence of the target is checked.
+                # A `make` target could run this test again, so only the existence of the target is checked.
                 script.append(re.sub(r"^make (\w+)$", rf"make -C {ROOT} --dry-run \1 >/dev/null", block, flags=re.MULTILINE))
     port = os.environ["SAGE_GATEWAY_PORT"]
     text = "\n".join(script).replace("8889", port).replace("SageClient()", f"SageClient('http://127.0.0.1:{port}')")
@@ -56,7 +56,7 @@ def test_the_commands_of_the_documentation_work_and_the_answers_are_the_adapter_
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (clone / "out-batch/adapter_model.safetensors").is_file()
-    # README trained `out`, and docs/engines.md asked it this question with greedy decoding.
+    # A command of README.md trained `out`, and a command of docs/engines.md asked `out` this question with greedy decoding.
     question = "Who are you?"
     said = greedy(converted_smollm2, clone / "out", question, 48)
     assert "I am the SAGE assistant" in said

@@ -1,4 +1,4 @@
-"""The requirement's own integration test."""
+"""The integration test that is part of SAGE's requirements."""
 
 import json
 import subprocess
@@ -13,9 +13,9 @@ WAIT_FOR_THE_END = "until sage llm engine status $ENGINE_ID | grep -q 'state *co
 
 @pytest.fixture
 def qwen(sage_home: Path, tmp_path: Path) -> None:
-    """Qwen/Qwen2.5-0.5B-Instruct in the user's models folder: here, a small random one of that architecture.
+    """Import a small random model with the name and the architecture of Qwen/Qwen2.5-0.5B-Instruct.
 
-    It is as large as it must be for the script's own commands to find it at work.
+    The model is large enough that its training has not ended when the script lists and stops the run.
     """
     make_tiny_model(tmp_path / "qwen", width=384, layers=12)
     sage("llm", "model", "import", str(tmp_path / "qwen"), "--name", "Qwen/Qwen2.5-0.5B-Instruct")
@@ -24,7 +24,7 @@ def qwen(sage_home: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(700)
 @pytest.mark.usefixtures("qwen")
 @pytest.mark.parametrize(("between", "state"), [("", "stopped"), (WAIT_FOR_THE_END, "completed")])
-def test_the_requirement_s_script_works_word_for_word(clone: Path, between: str, state: str) -> None:
+def test_the_script_of_the_requirements_works_unchanged(clone: Path, between: str, state: str) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", SCRIPT.replace("$BETWEEN", between)],
         capture_output=True, text=True, timeout=600, check=False,

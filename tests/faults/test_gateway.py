@@ -1,4 +1,4 @@
-"""A gateway that is suspended, killed, or short of file descriptors; what it finds afterwards is what is."""
+"""A gateway is suspended, killed, or short of file descriptors. Afterwards it reports the actual states of its engines."""
 
 import contextlib
 import json
@@ -34,7 +34,9 @@ def train(model: Path, output: Path) -> EngineView:
 
 
 @pytest.mark.long
-def test_a_gateway_that_could_not_look_finds_everything_as_it_is(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+def test_a_gateway_that_could_not_observe_its_engines_reports_the_actual_states_afterwards(
+    tiny_model: Path, tmp_path: Path, sage_home: Path
+) -> None:
     sage("gateway", "start")
     gateway = client().health()["pid"]
     trained, killed = train(tiny_model, tmp_path / "a"), train(tiny_model, tmp_path / "b")
@@ -45,7 +47,7 @@ def test_a_gateway_that_could_not_look_finds_everything_as_it_is(tiny_model: Pat
     used = len(list(Path(f"/proc/{gateway}/fd").iterdir()))
     resource.prlimit(gateway, resource.RLIMIT_NOFILE, (used + 3, before[1]))
     address = ("127.0.0.1", int(os.environ["SAGE_GATEWAY_PORT"]))
-    with contextlib.ExitStack() as clients:  # so many leave no descriptors to look at engines with
+    with contextlib.ExitStack() as clients:  # these connections use up the file descriptors
         for _ in range(20):
             clients.enter_context(socket.create_connection(address))
         log = sage_home / "state/gateway.log"
@@ -97,12 +99,12 @@ def test_a_gateway_killed_in_the_middle_of_starts_and_stops_leaves_nothing_behin
     assert session_members(pid) == []
 
 
-def test_a_gateway_in_the_foreground_is_found_and_stopped_after_a_step_of_the_clock(
+def test_a_gateway_in_the_foreground_is_found_and_stopped_after_a_change_of_the_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway = subprocess.Popen([SAGE[0], "-m", "sage.llm.gateway"], stderr=subprocess.DEVNULL)
     wait_for(lambda: sage("gateway", "status", check=None).returncode == 0, "the gateway")
-    (tmp_path / "sitecustomize.py").write_text(  # the command line sees another time, on a machine that booted at another
+    (tmp_path / "sitecustomize.py").write_text(  # for the command line, the clock and the boot time are one hour back
         "import time, psutil._pslinux as linux\n"
         "boot_time, now = linux.boot_time, time.time\n"
         "linux.boot_time = lambda: boot_time() - 3600\n"

@@ -1,4 +1,4 @@
-"""`sage backend benchmark` measures what is installed, leaves no engine, and engines without a backend use its figures."""
+"""`sage backend benchmark` measures the installed backends, saves the speeds, and leaves no engine."""
 
 import json
 from pathlib import Path

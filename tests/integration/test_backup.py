@@ -1,4 +1,4 @@
-"""A backup of a running home, and its restoration after the home is lost."""
+"""A backup of a SAGE_HOME while a run trains, and the restoration after the SAGE_HOME is lost."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Every mistake is one clear sentence with a next step and the right exit code, and nothing is started."""
+"""Each mistake of a user is reported in one sentence with a hint and the right exit code, and nothing is started."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
     assert list((sage_home / "data/models/finetuned").glob("*")) == []
 
 
-def test_a_dataset_that_cannot_be_trained_on_fails_the_engine_before_anything_is_started(
+def test_an_engine_with_an_unusable_dataset_or_output_fails_before_a_process_is_started(
     tiny_model: Path, tmp_path: Path, sage_home: Path
 ) -> None:
     good = [chat_record(f"q{i}", "a") for i in range(20)]
@@ -96,7 +96,7 @@ def test_a_dataset_that_cannot_be_trained_on_fails_the_engine_before_anything_is
     assert list((sage_home / "data/models/finetuned").glob("*")) == []
 
 
-def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_same_mistakes_over_http_get_an_error_status_and_openai_s_error_format(tiny_model: Path, tmp_path: Path) -> None:
     sage("gateway", "start")
     http = httpx.Client(base_url=f"http://127.0.0.1:{os.environ['SAGE_GATEWAY_PORT']}")
     options = {"dataset_path": str(SAMPLES), "output_dir": str(tmp_path / "out")}
@@ -132,26 +132,26 @@ def test_over_http_the_same_mistakes_have_their_status_and_openai_s_shape(tiny_m
     assert http.get("/v1/management/gpu").json()["data"][-1]["name"] == "main memory"
 
 
-def test_samples_longer_than_the_cutoff_fail_the_command_itself(tiny_model: Path, tmp_path: Path) -> None:
+def test_if_all_samples_are_longer_than_the_cutoff_the_start_command_fails(tiny_model: Path, tmp_path: Path) -> None:
     long = write_jsonl(tmp_path / "long.jsonl", [chat_record("many words " * 50, "a")])
     done = sage(*finetune(tiny_model, long, tmp_path / "out", "--max-seq-length", "32"), check=1)
     assert "In all 1 sequences, the answer begins after the cutoff of 32 tokens" in done.stderr
     assert "Raise max_seq_length" in done.stderr
     engine = engine_of(done)
     assert list_engines()[engine]["state"] == "failed"
-    # The claim on the output folder of a run that left nothing does not keep the next one out.
+    # The failed run wrote no result, so its claim on the output folder does not block another run.
     done = sage(*finetune(tiny_model, long, tmp_path / "out", "--max-steps", "1", "--wait"))
     assert "is completed" in done.stderr
 
 
-def test_a_dashboard_s_port_that_another_program_has_is_named() -> None:
+def test_the_error_for_a_dashboard_port_that_another_program_uses_names_the_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = sage("studio", "--port", str(taken.getsockname()[1]), check=1)
     assert "The dashboard cannot listen on 127.0.0.1:" in done.stderr
     assert "Choose another port" in done.stderr
 
 
-def test_a_port_that_another_program_has_is_named() -> None:
+def test_the_error_for_a_gateway_port_that_another_program_uses_names_the_setting() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", int(os.environ["SAGE_GATEWAY_PORT"])))
         other.listen()
@@ -180,7 +180,7 @@ def test_two_runs_do_not_share_an_output_folder(tiny_model: Path, tmp_path: Path
     assert "was already stopped" in done.stdout
 
 
-def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_dataset_check_reports_all_faults_and_figures(tiny_model: Path, tmp_path: Path) -> None:
     done = sage("llm", "dataset", "check", str(SAMPLES), "--model", str(tiny_model), "--max-seq-length", "64")
     assert "92 samples (92 openai), 97 assistant turns, 0 faults, 0 duplicates" in done.stdout
     assert "cutoff 64: " in done.stdout
@@ -199,7 +199,7 @@ def test_a_dataset_is_checked_with_all_its_faults_and_figures(tiny_model: Path, 
     assert "the answer begins after the cutoff" in done.stderr
 
 
-def test_ctrl_c_leaves_the_run_going_and_says_how_to_come_back(tiny_model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_waiting_command_and_the_run_continues(tiny_model: Path, tmp_path: Path) -> None:
     import signal
     import subprocess
 

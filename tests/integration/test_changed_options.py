@@ -21,7 +21,7 @@ ALL_STEPS: dict[str, Any] = {"save_steps": 5, "keep_checkpoints": 99}
 
 
 class ChangeRequested(StopRequest):
-    """Requests a change after a step; the run checks for a stop after each step."""
+    """Requests a change of options after a step. The run reads `requested` after each step."""
 
     def __init__(self, run: TinyRun, step: int, **options: Any) -> None:
         self.run, self.step = run, step
@@ -29,7 +29,7 @@ class ChangeRequested(StopRequest):
 
     @property
     def requested(self) -> bool:
-        """Return that no stop is requested."""
+        """Return False, because no stop is requested. Request the change if its step has come."""
         if self.options and self.run.status.step == self.step - 1:
             self.run.manager.change_options(self.run.task_id, self.options)
             self.options = None
@@ -69,7 +69,7 @@ def test_a_resumed_run_repeats_a_change_exactly(tiny_model: Path, tmp_path: Path
     assert event["new"] == {"learning_rate": 3e-3, "max_steps": 16, "early_stopping_patience": None}
     losses, adapter = whole.losses(), whole.adapter_bytes()
     assert len(losses) == whole.status.total_steps == 16
-    for step in (10, 5):  # after and before the change
+    for step in (10, 5):  # a checkpoint after the change, and a checkpoint before the change
         again = killed_at_checkpoint(whole, step)
         again.manager = FinetuneManager()  # without the cached status
         TrainingRun(again.manager.run_directory(again.task_id), StopRequest()).train()
@@ -118,7 +118,7 @@ def test_a_change_of_a_stopped_run_applies_when_it_is_resumed(tiny_model: Path, 
 @pytest.mark.parametrize(
     ("max_steps", "more"), [(100, {}), (40, {"num_processes": 2, "batch_size": 2})], ids=["one process", "two processes"]
 )
-def test_a_changed_run_that_is_killed_ends_as_if_it_was_not(
+def test_a_changed_run_that_is_killed_and_resumed_has_the_result_of_an_uninterrupted_run(
     tiny_model: Path, tmp_path: Path, max_steps: int, more: dict[str, Any]
 ) -> None:
     options = {"save_steps": 20, "max_steps": 400, **more}

@@ -1,4 +1,4 @@
-"""Adapters that are loaded into a running base: exact, mixed in one batch, loaded and unloaded under load."""
+"""Adapters in a running base: their answers alone and in a mixed batch, how they are loaded and unloaded, and refusals."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ NOT_HOT: dict[str, dict[str, Any]] = {
 }
 
 
-#: Models with layers that see tokens without a batch dimension.
+#: Models with layers whose inputs have no batch dimension.
 FLAT: dict[str, tuple[PreTrainedConfig, list[str]]] = {
     "OPT": (OPTConfig(vocab_size=320, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
                       word_embed_proj_dim=32, max_position_embeddings=64), ["q_proj", "fc1", "fc2"]),
@@ -59,7 +59,7 @@ FLAT: dict[str, tuple[PreTrainedConfig, list[str]]] = {
 
 
 def adapter_on(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
-    """Make an adapter with random weights that change what the base answers."""
+    """Make an adapter with random weights that change the answers of the base model."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(seed)
     defaults = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
@@ -149,7 +149,7 @@ def test_adapters_on_layers_without_a_batch_dimension_compute_what_peft_computes
     assert not torch.allclose(adapted, plain, atol=1e-2)
 
 
-def test_sixteen_adapters_in_one_batch_answer_each_as_its_own(
+def test_each_of_sixteen_adapters_in_one_batch_gives_its_own_answers(
     app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path
 ) -> None:
     names = [f"adapter-{seed}" for seed in range(16)]
@@ -207,7 +207,7 @@ def test_an_adapter_that_must_be_merged_is_refused_with_the_reason(
     assert names_of(app) == ["base"]
 
 
-def test_an_adapter_that_does_not_fit_is_refused_and_the_server_goes_on(
+def test_an_adapter_that_does_not_fit_is_refused_and_the_server_continues(
     app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path
 ) -> None:
     make_tiny_model(tmp_path / "wide", width=64)
@@ -236,7 +236,7 @@ def test_an_adapter_with_weights_that_are_not_finite_is_refused(
     assert names_of(app) == ["base"]
 
 
-def test_an_adapter_on_a_layer_that_sees_only_some_tokens_is_refused_with_the_reason(
+def test_an_adapter_on_a_layer_that_receives_only_some_tokens_is_refused_with_the_reason(
     app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin = Adapters.begin
@@ -248,7 +248,7 @@ def test_an_adapter_on_a_layer_that_sees_only_some_tokens_is_refused_with_the_re
     assert names_of(app) == ["base"]
 
 
-def test_a_name_is_loaded_once_and_unknown_names_are_not_found(
+def test_a_name_belongs_to_one_adapter_and_unknown_names_are_not_found(
     app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path
 ) -> None:
     first, second = (adapter_on(tiny_model, tmp_path / str(seed), seed) for seed in (1, 2))
@@ -260,7 +260,7 @@ def test_a_name_is_loaded_once_and_unknown_names_are_not_found(
     assert unload(app, "one").status_code == 200
 
 
-def test_an_adapter_speaks_with_its_own_template_and_ends_at_its_own_token(
+def test_an_adapter_uses_its_own_chat_template_and_its_own_end_token(
     app: FastAPI, load: Callable[..., httpx.Response], tiny_model: Path, tmp_path: Path
 ) -> None:
     adapter = adapter_on(tiny_model, tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""Engines of llama.cpp: a real gateway, a real server, and a model that transformers computes for comparison."""
+"""Engines with the backend llamacpp behind a real gateway. Their answers are compared with the answers of transformers."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
 
 
 @pytest.mark.long
-def test_a_gguf_file_is_served_as_it_is(
+def test_a_gguf_file_is_served_without_conversion(
     tiny_model: Path, tmp_path: Path, sage_home: Path, client: SageClient, llama_cpp: LlamaCpp
 ) -> None:
     export_model(str(tiny_model), ExportFormat.GGUF, tmp_path / "out", precision="q8_0", llama_cpp=llama_cpp)

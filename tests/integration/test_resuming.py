@@ -22,7 +22,10 @@ from sage.libs.models.loading import load_causal_lm, load_tokenizer
 
 
 def unfinished(run: TinyRun, *, since: int, scores: dict[int, float] | None = None) -> TinyRun:
-    """Make a run look as if it was killed after a checkpoint; scores: held-out losses to record for it."""
+    """Make a completed run look as if it was killed after the step `since`.
+
+    scores: held-out losses by step, which replace the recorded losses.
+    """
     path, kept = run.path / "events.jsonl", []
     for line in path.read_text().splitlines():
         event = json.loads(line)
@@ -41,7 +44,9 @@ def damage(run: TinyRun, step: int) -> None:
     weights.write_bytes(weights.read_bytes()[:-9])
 
 
-def test_a_stop_after_a_damaged_checkpoint_names_and_writes_the_older_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_stop_after_damaged_checkpoints_reports_and_exports_the_intact_checkpoint(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", save_steps=4, keep_checkpoints=9).trained()
     saved = load_file(run.path / "checkpoint-4" / "adapter_model.safetensors")
     unfinished(run, since=8)
@@ -61,7 +66,9 @@ def test_a_stop_after_a_damaged_checkpoint_names_and_writes_the_older_one(tiny_m
     ]  # fmt: skip
 
 
-def test_with_one_checkpoint_kept_a_damaged_one_removes_no_intact_one(tiny_model: Path, tmp_path: Path) -> None:
+def test_if_one_checkpoint_is_kept_a_damaged_checkpoint_does_not_replace_an_intact_checkpoint(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", save_steps=4, keep_checkpoints=2).trained()
     losses = run.losses()
     unfinished(run, since=8)
@@ -86,7 +93,7 @@ def test_a_damaged_best_checkpoint_is_reported_and_not_loaded(tiny_model: Path, 
     assert any(f"the checkpoint of step {best}, which had the lowest loss" in warning for warning in run.status.warnings)
 
 
-def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused_before_the_model_is_loaded(
+def test_a_damaged_checkpoint_or_a_checkpoint_of_another_run_is_refused_before_the_model_is_loaded(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     whole = TinyRun(tiny_model, tmp_path / "whole", save_steps=5, keep_checkpoints=9).trained()
@@ -134,7 +141,7 @@ def test_a_checkpoint_does_not_grow_with_the_steps_before_it(tiny_model: Path, t
     assert state["log_history"] == []
 
 
-def test_a_result_with_several_chat_templates_is_written_again(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_result_with_several_chat_templates_can_be_overwritten(tiny_model: Path, tmp_path: Path) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", max_steps=1).trained()
     spec, tokenizer = run.manager.run_directory(run.task_id).read_spec(), load_tokenizer(tiny_model)
     model = load_causal_lm(tiny_model, torch.float32)

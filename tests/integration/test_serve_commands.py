@@ -12,9 +12,7 @@ CHAT = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.mark.long
-def test_a_person_chats_with_a_checkpoint_while_the_run_continues_then_with_its_result_through_a_route(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_route_serves_a_checkpoint_while_the_run_continues_and_then_the_result(tiny_model: Path, tmp_path: Path) -> None:
     base = engine_of(sage("llm", "engine", "start", str(tiny_model), "--name", "base"))
     options = ("--dataset", str(SAMPLES), "--output", str(tmp_path / "out"), "--max-steps", "1000000", "--serve-as", "tuned")
     run = engine_of(sage("llm", "fine-tune", "--base-model", str(tiny_model), "--save-steps", "1000000", *options))

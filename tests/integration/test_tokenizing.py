@@ -1,4 +1,4 @@
-"""Which tokens the loss covers, by real tokenizers and templates of every kind there is."""
+"""Which tokens the loss covers, with a real tokenizer and several kinds of chat templates."""
 
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ GENERATION_TEMPLATE = (
     "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>"
     "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-#: Drops the reasoning of every answer but the last, as reasoning models' templates do.
+#: Omits the reasoning of all answers except the last answer, as the templates of reasoning models do.
 REWRITING_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' and not loop.last %}{{ message['content'].split('</think>')[-1] }}"
     "{% else %}{{ message['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-#: Opens the reasoning in its prompt and does not write it down in its history.
+#: Adds `<think>` at the end of the generation prompt, but not to earlier answers.
 THINKING_TEMPLATE = REWRITING_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 TURNS = [
     {"role": "user", "content": "first question"},
@@ -53,7 +53,7 @@ def trained_text(tokenizer: Any, encoded: Encoded) -> str:
 
 
 @pytest.mark.parametrize("template", [QWEN_TEMPLATE, GENERATION_TEMPLATE])
-def test_every_answer_is_trained_on_with_what_ends_it_and_nothing_else(tokenizer: Any, template: str) -> None:
+def test_the_loss_covers_each_answer_and_its_end_token_and_nothing_else(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
     [encoded] = encode(tokenizer, TURNS)
     assert trained_text(tokenizer, encoded) == "first answer<|im_end|>second answer<|im_end|>"
@@ -71,7 +71,7 @@ def test_the_loss_can_cover_the_last_answer_alone_or_everything(tokenizer: Any, 
     assert tokenizer.decode(everything.ids).startswith(tokenizer.apply_chat_template(TURNS[:3], tokenize=False))
 
 
-def test_an_answer_that_repeats_the_question_is_not_mistaken_for_it(tokenizer: Any) -> None:
+def test_an_answer_that_repeats_the_question_is_not_mistaken_for_the_question(tokenizer: Any) -> None:
     turns = [{"role": "user", "content": "same"}, {"role": "assistant", "content": "same"}]
     [encoded] = encode(tokenizer, turns)
     assert trained_text(tokenizer, encoded) == "same<|im_end|>"
@@ -79,17 +79,17 @@ def test_an_answer_that_repeats_the_question_is_not_mistaken_for_it(tokenizer: A
     assert "assistant\n" in tokenizer.decode(encoded.ids[:trained_from])
 
 
-def test_an_answer_of_weight_zero_is_context(tokenizer: Any) -> None:
+def test_the_loss_does_not_cover_an_answer_with_weight_zero(tokenizer: Any) -> None:
     [encoded] = encode(tokenizer, TURNS, untrained=frozenset({1}))
     assert trained_text(tokenizer, encoded) == "second answer<|im_end|>"
 
 
-def test_letters_of_several_bytes_are_trained_on_whole(tokenizer: Any) -> None:
+def test_the_loss_covers_all_bytes_of_a_character(tokenizer: Any) -> None:
     [encoded] = encode(tokenizer, [{"role": "user", "content": "日本"}, {"role": "assistant", "content": "né 🦊 日本"}])
     assert trained_text(tokenizer, encoded) == "né 🦊 日本<|im_end|>"
 
 
-def test_a_template_that_rewrites_history_gives_one_sample_an_answer(tokenizer: Any) -> None:
+def test_a_template_that_changes_earlier_answers_gives_one_sequence_for_each_answer(tokenizer: Any) -> None:
     tokenizer.chat_template = REWRITING_TEMPLATE
     turns = [{**t, "content": f"<think>hm</think>{t['content']}"} if t["role"] == "assistant" else t for t in TURNS]
     first, second = encode(tokenizer, turns)
@@ -98,13 +98,13 @@ def test_a_template_that_rewrites_history_gives_one_sample_an_answer(tokenizer: 
     assert "<think>" not in tokenizer.decode(second.ids).split("second question")[0]
 
 
-def test_a_prompt_that_says_more_than_the_history_is_cut_where_they_part(tokenizer: Any) -> None:
+def test_a_prompt_that_ends_with_more_text_than_the_history_is_cut_before_this_text(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING_TEMPLATE
     [encoded] = encode(tokenizer, TURNS)
     assert trained_text(tokenizer, encoded) == "first answer<|im_end|>second answer<|im_end|>"
 
 
-def test_plain_text_is_trained_on_whole_and_ends(tokenizer: Any) -> None:
+def test_the_loss_covers_plain_text_completely_and_an_end_token(tokenizer: Any) -> None:
     [encoded] = encode_sample(tokenizer, "once upon a time")
     assert tokenizer.decode(encoded.ids) == "once upon a time<|im_end|>"
     assert encoded.labels == encoded.ids
@@ -120,14 +120,14 @@ def test_a_model_without_a_template_gets_chatml_and_a_warning(tokenizer: Any) ->
     assert trained_text(tokenizer, encoded) == "first answer<|im_end|>second answer<|im_end|>"
 
 
-def test_what_the_template_refuses_is_told_with_its_line(tokenizer: Any) -> None:
+def test_the_error_for_a_record_that_the_template_rejects_names_its_line(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     message = r"t\.jsonl:3: the model's chat template rejects this record: roles must alternate"
     with pytest.raises(DatasetError, match=message):
         encode(tokenizer, TURNS)
 
 
-def test_the_cutoff_cuts_and_counts(tokenizer: Any) -> None:
+def test_samples_longer_than_the_cutoff_are_cut_or_dropped_and_counted(tokenizer: Any) -> None:
     samples = [
         Sample(Origin(Path("t"), line), "openai", Chat([{"role": "user", "content": "q " * words}, TURNS[1]]))
         for line, words in enumerate((1, 10, 400), 1)

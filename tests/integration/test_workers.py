@@ -1,4 +1,4 @@
-"""Inference servers with real models, in this process: parameters, scores, failures, clients that leave."""
+"""Inference servers with real models, in this process: parameters, log probabilities, failures, disconnecting clients."""
 
 import asyncio
 import json
@@ -34,13 +34,13 @@ def server(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 
 def reference_logprobs(folder: Path, ids: list[int]) -> torch.Tensor:
-    """Return (tokens, vocab_size): what transformers itself gives to each next token."""
+    """Return the log probabilities that transformers computes for each next token, with the shape (tokens, vocab_size)."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
 
 
-def test_a_streamed_answer_is_the_whole_answer(server: Server) -> None:
+def test_a_streamed_answer_equals_the_answer_without_streaming(server: Server) -> None:
     for seed in range(4):
         options = {"temperature": 1.5, "seed": seed, "max_tokens": 40}
         for ask, said in ((server.chat, "delta"), (server.complete, None)):
@@ -113,7 +113,7 @@ def test_an_echoed_prompt_and_its_answer_are_one_text(server: Server) -> None:
     assert text_of(server.complete(echo=True)) == echoed["text"]
 
 
-def test_token_ids_are_taken_as_they_are(server: Server, tiny_model: Path) -> None:
+def test_token_ids_are_used_unchanged(server: Server, tiny_model: Path) -> None:
     ids = AutoTokenizer.from_pretrained(tiny_model)("Hello")["input_ids"]
     assert text_of(server.complete(prompt=ids)) == text_of(server.complete(prompt=[ids])) == text_of(server.complete())
 
@@ -151,7 +151,9 @@ def test_penalties_biases_and_filters_choose_the_tokens(server: Server) -> None:
     assert sampled[0] == sampled[1] == sampled[2] != sampled[3]
 
 
-def test_a_repetition_penalty_is_transformers_own(server: Server, generator: Generator, tiny_model: Path) -> None:
+def test_a_repetition_penalty_has_the_same_effect_as_in_transformers(
+    server: Server, generator: Generator, tiny_model: Path
+) -> None:
     prompt = [300, 301, 302, 303]
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, repetition_penalty=1.8)
@@ -161,7 +163,7 @@ def test_a_repetition_penalty_is_transformers_own(server: Server, generator: Gen
     assert text_of(server.complete(prompt=prompt)) != text
 
 
-def test_a_seed_decides_and_its_absence_does_not_repeat(server: Server) -> None:
+def test_answers_with_the_same_seed_are_equal_and_answers_without_a_seed_differ(server: Server) -> None:
     def sample(**more: Any) -> str:
         return text_of(server.complete(temperature=1, max_tokens=16, **more))
 
@@ -172,7 +174,7 @@ def test_a_seed_decides_and_its_absence_does_not_repeat(server: Server) -> None:
     assert error_of(server.chat(seed=2**64))["param"] == "seed"
 
 
-def test_a_stop_string_across_tokens_ends_text_and_scores(server: Server) -> None:
+def test_a_stop_string_that_spans_two_tokens_ends_the_text_and_the_log_probabilities(server: Server) -> None:
     whole = server.complete(logprobs=0).json()["choices"][0]
     text, offsets = whole["text"], whole["logprobs"]["text_offset"]
     stop = next(text[at - 1 : at + 1] for at in offsets if 1 < at < len(text))
@@ -190,7 +192,7 @@ def test_a_stop_string_across_tokens_ends_text_and_scores(server: Server) -> Non
     ],
     ids=["empty", "unknown token", "ids too long", "text too long", "too many characters"],
 )  # fmt: skip
-def test_a_prompt_that_the_model_cannot_be_asked_with_is_refused(server: Server, prompt: Any, code: str) -> None:
+def test_an_empty_invalid_or_too_long_prompt_is_refused(server: Server, prompt: Any, code: str) -> None:
     for stream in (False, True):
         error = error_of(server.complete(prompt=prompt, stream=stream))
         assert (error["code"], error["param"]) == (code, "prompt")
@@ -206,7 +208,7 @@ def test_an_answer_that_needs_more_than_the_whole_cache_is_refused_with_the_numb
     assert server.complete(prompt=[300] * 13, max_tokens=7).status_code == 200
 
 
-def test_a_prompt_fills_the_context_to_its_last_token(server: Server) -> None:
+def test_a_prompt_can_fill_the_context_to_the_last_token(server: Server) -> None:
     full = server.complete(prompt=[300] * 511).json()
     assert full["usage"]["completion_tokens"] == 1
     assert full["choices"][0]["finish_reason"] in ("length", "stop")
@@ -215,7 +217,7 @@ def test_a_prompt_fills_the_context_to_its_last_token(server: Server) -> None:
     assert error_of(server.complete(logit_bias={"600": 1}))["param"] == "logit_bias"
 
 
-def test_tools_are_refused_if_the_template_does_not_tell_of_them(
+def test_tools_are_refused_if_the_chat_template_does_not_support_tools(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = error_of(server.chat(tools=TOOLS))
@@ -240,7 +242,7 @@ def test_a_template_that_never_ends_is_stopped(
 
 
 def fail_after(generator: Generator, tokens: int, error: BaseException) -> Callable[..., Any]:
-    """Return a `generate` that raises once the model has been asked for so many tokens."""
+    """Return a `forward` that computes as many calls as `tokens` and then raises `error`."""
     forward, calls = generator.model.forward, 0
 
     def failing(*arguments: Any, **options: Any) -> Any:
@@ -261,7 +263,7 @@ def fail_after(generator: Generator, tokens: int, error: BaseException) -> Calla
     ],
     ids=repr,
 )  # fmt: skip
-def test_an_engine_goes_on_whatever_a_generation_raises(
+def test_an_engine_continues_to_answer_after_any_error_of_a_generation(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
 ) -> None:
     for stream in (False, True):
@@ -281,7 +283,7 @@ def test_an_engine_goes_on_whatever_a_generation_raises(
     assert server.chat().status_code == 200
 
 
-def test_clients_that_left_the_queue_cost_no_work(
+def test_no_answer_is_computed_for_a_queued_request_whose_client_has_disconnected(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = generation.build("tiny", "fp32", 8, slots=1)
@@ -320,7 +322,7 @@ def test_clients_that_left_the_queue_cost_no_work(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_ends_when_its_client_leaves(
+def test_an_answer_ends_when_its_client_disconnects(
     server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     has_begun, layers_passed = threading.Event(), 0

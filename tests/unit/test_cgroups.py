@@ -60,7 +60,7 @@ def test_a_system_without_control_groups_has_no_limits(tree: Tree) -> None:
             },
             [MemoryLimit(100, 5), MemoryLimit(int(UNLIMITED), 60)],
         ),
-        # In a container, the own group is mounted as the root, but /proc names the group as the host sees it.
+        # In a container, the container's group is mounted as the root, but /proc contains the path of the group on the host.
         (V1, {"memory/memory.limit_in_bytes": "100", "memory/memory.stat": "total_rss 5"}, [MemoryLimit(100, 5)]),
         (V2, {"pod/container/memory.max": "100"}, []),
     ],

@@ -33,7 +33,7 @@ from sage.llm.client.types import (
 )
 
 
-def test_the_options_of_the_command_line_are_those_of_a_run() -> None:
+def test_the_options_of_the_command_line_match_the_fields_of_a_run() -> None:
     fields = FinetuneConfig.model_fields
     assert {option.field for option in OPTIONS} == set(fields) - {"base_model"}
     for option in OPTIONS:
@@ -70,7 +70,7 @@ def test_the_list_shows_state_progress_loss_and_eta() -> None:
         assert word in text
     assert "estimating" in shown(engine_view(training=training_progress()))
     assert "48547" in shown(engine_view(kind="llm", port=48547))
-    assert "/models/[/b]" in shown(engine_view(name="/models/[/b]"))  # text, and no markup
+    assert "/models/[/b]" in shown(engine_view(name="/models/[/b]"))  # shown as text, not interpreted as markup
 
 
 def test_the_status_shows_the_reason_and_the_next_step() -> None:

@@ -16,7 +16,7 @@ S = EngineState
 LIVES = Observed(alive=True)
 
 
-def test_every_state_has_a_row_and_only_settled_states_are_final() -> None:
+def test_every_state_has_a_row_and_only_completed_is_final() -> None:
     assert set(TRANSITIONS) == set(EngineState)
     for state, after in TRANSITIONS.items():
         assert after or state is S.COMPLETED
@@ -26,7 +26,7 @@ def test_every_state_has_a_row_and_only_settled_states_are_final() -> None:
 
 def test_the_time_in_which_the_control_plane_itself_was_suspended_does_not_count() -> None:
     engine, watch = record(S.STARTING), Watch(S.STARTING, 100.0)
-    for now_seconds in (101.0, 161.0, 162.0):  # it was suspended for a minute between the first look and the second
+    for now_seconds in (101.0, 161.0, 162.0):  # suspended for a minute between the first two observations
         watch.look(engine, LIVES, now_seconds, 5)
     assert (watch.state_seconds, watch.silent_seconds) == (7, 0)
 
@@ -36,7 +36,7 @@ def test_silence_is_measured_while_an_engine_is_observed_running_and_ends_with_a
     for now_seconds, observed, silent_seconds in (
         (1.0, LIVES, 1),
         (2.0, LIVES, 2),
-        (3.0, None, 2),  # not known: neither longer nor over
+        (3.0, None, 2),  # without an observation, the silence neither grows nor ends
         (4.0, Observed(alive=True, ready=True), 0),
         (5.0, LIVES, 1),
     ):
@@ -76,4 +76,4 @@ def test_a_launch_that_hangs_delays_no_other_process_and_is_not_begun_twice(
 
     asyncio.run(test())
     assert begun[0] == spec
-    assert len(begun) <= 2  # the second one if the first has ended by then
+    assert len(begun) <= 2  # there is a second launch if the first launch has ended before the last call

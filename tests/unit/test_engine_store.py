@@ -75,7 +75,7 @@ def test_a_database_that_many_processes_open_at_once_is_created_once(database_ur
 
 
 def steps(store: Store, call: Callable[[], object]) -> int:
-    """Return the instructions that SQLite executes for a call, in tens; other load does not change this number."""
+    """Return the number of instructions that SQLite executes for a call, divided by 10. Other load does not change it."""
     counted = 0
 
     def count() -> None:

@@ -13,7 +13,7 @@ from sage.libs.finetune.training.memory import available_bytes, peak_bytes, used
 from sage.libs.models.architecture import read_architecture
 from sage.libs.models.gguf import gguf_header
 
-#: A vocabulary of 100, and two layers with hidden size 8, each with a matrix from 8 to 24 and one from 24 to 8.
+#: A model with a vocabulary of 100 tokens, hidden size 8 and two layers. Each layer has two matrices: 24 x 8 and 8 x 24.
 SHAPES = {
     "model.embed_tokens.weight": [100, 8],
     "model.norm.weight": [8],
@@ -22,14 +22,14 @@ SHAPES = {
 }
 CONFIG = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2,
           "intermediate_size": 24, "max_position_embeddings": 512}  # fmt: skip
-ENDS = 4 * 32  #: inputs and outputs of the layers' matrices
+ENDS = 4 * 32  #: sum of the input and output sizes of the layers' four matrices
 NUMBERS = 100 * 8 + 8 + 4 * 24 * 8
 FP32, BF16 = Formats(), Formats(bf16=True, bf16_products=True)
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Write the config and the headers of a model in two files, without weights."""
+    """Write a model's config, and weights that are zero in two safetensors files."""
     tmp_path = tmp_path / "model"
     tmp_path.mkdir()
     for part in ("embed_tokens", "layers"):
@@ -50,7 +50,7 @@ def config_of(model: Path, **options: object) -> FinetuneConfig:
 
 
 def needs(model: Path, formats: Formats = FP32, **options: object) -> TrainingMemory:
-    """Return the memory of a run with no framework and no pages of the weight files."""
+    """Return the memory of a run, if the framework and the pages of the weight files need no memory."""
     sizes, config = read_architecture(model), config_of(model, **options)
     assert sizes
     sizes = replace(sizes, file_bytes=0)
@@ -101,12 +101,12 @@ def test_gradient_checkpointing_and_accumulation_change_the_peak(model: Path) ->
 def test_only_the_chosen_modules_are_trained(model: Path) -> None:
     assert needs(model, target_modules=["up_proj"]).at([1]).adapter_bytes == 4 * 2 * ENDS // 2
     assert needs(model, exclude_modules=["up_proj"]).at([1]).adapter_bytes == 4 * 2 * ENDS // 2
-    assert needs(model, target_modules="(.+)+up_proj!").at([1]).adapter_bytes == 4 * 2 * ENDS  # a slow pattern
+    assert needs(model, target_modules="(.+)+up_proj!").at([1]).adapter_bytes == 4 * 2 * ENDS  # a pattern is not evaluated
     saved = needs(model, modules_to_save=["embed_tokens"]).at([1])
     assert saved.adapter_bytes == 4 * (2 * ENDS + 800)
 
 
-def test_processes_that_share_the_memory_need_it_several_times(model: Path) -> None:
+def test_three_processes_that_share_the_memory_need_three_times_as_much(model: Path) -> None:
     run = needs(model)
     assert replace(run, processes=3).at([100]).total_bytes == 3 * run.at([100]).total_bytes
 
@@ -119,7 +119,7 @@ def test_the_largest_micro_batch_that_fits_is_found(model: Path) -> None:
     assert run.fitting_samples(0, 50) == 0
 
 
-def test_the_limit_of_a_micro_batch_assumes_the_samples_that_need_the_most_memory(model: Path) -> None:
+def test_the_limit_of_a_micro_batch_assumes_samples_with_the_most_memory_per_token(model: Path) -> None:
     assert batch_limit(config_of(model, batch_size=2, max_seq_length=300)) == {300: 2}
     assert batch_limit(config_of(model, pack_tokens=1024, max_seq_length=2048)) == {256: 4}
 
@@ -155,7 +155,7 @@ def test_a_model_that_does_not_fit_into_memory_is_rejected(model: Path, options:
 
 
 def gguf(**changes: int) -> bytes:
-    """Return a GGUF file with two entries of metadata and one tensor."""
+    """Return a GGUF file with three entries of metadata and one tensor."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value)) + value.encode()

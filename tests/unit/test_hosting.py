@@ -1,4 +1,4 @@
-"""Which server an engine joins, and what happens to the others when one of them leaves."""
+"""Which server an engine joins, and what happens to the server's other engines if one engine leaves."""
 
 from typing import Any
 
@@ -52,7 +52,10 @@ def planned(
     watch: Watch = NEW,
     servers: list[ServerRecord] | None = None,
 ) -> dict[str, Action]:
-    """Return the action of each engine by the suffix of its id; observed: of all engines that have a server."""
+    """Return the planned action of each engine, with the suffix of the engine's id as the key.
+
+    observed: for each engine id, or a single observation for all engines that have a server and are not queued.
+    """
     servers = [shared()] if servers is None else servers
     if not isinstance(observed, dict):
         with_server = [engine.id for engine in engines if engine.server_id and engine.state is not S.QUEUED]
@@ -85,9 +88,9 @@ def test_an_adapter_joins_the_server_that_has_its_base() -> None:
         adapter("x", base_version="replaced"),
         adapter("x", options={"dtype": "bf16"}),
         adapter("x", backend="other"),
-        adapter("x", base=None, adapter=None),  # dedicated, or it cannot be loaded into a running base
+        adapter("x", base=None, adapter=None),  # dedicated, or an adapter that a running base cannot load
         adapter("x", requested_port=9001),
-        base(id="engine-x"),  # the server has an engine for its base
+        base(id="engine-x"),  # the server already has an engine for its base
     ],
 )
 def test_an_engine_that_fits_no_server_gets_its_own(engine: EngineRecord) -> None:
@@ -113,13 +116,13 @@ def test_an_engine_with_a_port_waits_until_the_server_that_listens_on_it_has_end
     assert outline(planned([leaving, base(requested_port=9001)], ready("sage-y-1"), servers=[closing])["base"]) is Launch
 
 
-def test_of_engines_that_wait_for_a_server_the_one_with_a_port_launches_it() -> None:
+def test_if_several_engines_wait_for_a_server_the_engine_with_a_port_launches_the_server() -> None:
     waiting = [hosted("y", S.STARTING), hosted("x", S.STARTING, requested_port=9000)]
     actions = planned(waiting, servers=[shared(ServerState.PLANNED, address=None)])
     assert {name: outline(action) for name, action in actions.items()} == {"x": Launch}
 
 
-def test_an_engine_joins_a_server_whose_options_an_older_version_stored_without_the_new_ones() -> None:
+def test_an_engine_joins_a_server_whose_stored_options_lack_an_option_of_a_newer_version() -> None:
     complete = TransformersOptions().model_dump()
     older = {name: value for name, value in complete.items() if name != "threads"}
     assert older != complete
@@ -136,17 +139,18 @@ def test_a_server_that_is_full_closing_or_gone_is_not_joined() -> None:
     actions = planned([running, queued, adapter("z")], ready("sage-y-1"), servers=[shared(max_adapters=2)])
     assert (outline(actions["x"]), outline(actions["z"])) == (Join, Launch)
     actions = planned([running, queued], {running.id: DEAD})
-    assert "x" not in actions  # it waits until the others have left the dead server, and one of them has launched the next
+    # The engine waits until the other engine has left the dead server and has launched another server.
+    assert "x" not in actions
 
 
-def test_the_base_of_a_server_that_was_started_for_an_adapter_is_given_to_one_engine() -> None:
+def test_an_engine_for_the_base_joins_a_server_that_was_started_for_an_adapter() -> None:
     actions = planned([hosted("y"), base(state=S.QUEUED)], ready("sage-y-1"))
     assert outline(actions["base"]) is Join
     actions = planned([hosted("y"), base(state=S.STARTING, server_id="server-base", served_as=None)], ready("sage-y-1"))
     assert actions["base"] == Transition(actions["base"].engine, S.RUNNING, values={"served_as": "sage-base-1"})
 
 
-def test_of_engines_with_one_base_that_start_together_one_launches_the_server_and_the_others_join_it() -> None:
+def test_if_engines_with_the_same_base_start_together_one_launches_the_server_and_the_others_join() -> None:
     waiting = [adapter(name) for name in "abc"]
     actions = planned(waiting, servers=[])
     assert {name: outline(action) for name, action in actions.items()} == {"a": Launch}
@@ -158,7 +162,7 @@ def test_of_engines_with_one_base_that_start_together_one_launches_the_server_an
     assert {name: outline(action) for name, action in actions.items()} == {"a": Launch}
 
 
-def test_an_engine_whose_last_server_is_in_use_gets_another_one() -> None:
+def test_an_engine_whose_last_server_is_in_use_gets_another_server() -> None:
     moved = adapter("x", server_id="server-base", base="/other")
     action = planned([hosted("y"), moved], ready("sage-y-1"))["x"]
     assert action == Launch(moved, None, is_moved=True)
@@ -182,7 +186,7 @@ def test_an_engine_runs_once_its_adapter_is_loaded(observed: Observed | None, ex
         assert action.values == {"served_as": "sage-x-1"}
 
 
-def test_an_adapter_that_is_not_loaded_in_time_fails_without_the_others() -> None:
+def test_an_adapter_that_is_not_loaded_in_time_fails_and_the_other_engines_continue() -> None:
     actions = planned([hosted("y"), hosted("x", S.STARTING)], ready("sage-y-1"), OLD)
     failed = actions["x"]
     assert isinstance(failed, Transition)
@@ -194,7 +198,7 @@ def test_an_adapter_that_is_not_loaded_in_time_fails_without_the_others() -> Non
     assert (alone.signal, alone.closes) == (Signal.KILL, True)
 
 
-def test_a_late_start_kills_a_server_that_other_engines_wait_for_only_if_the_server_does_not_answer() -> None:
+def test_a_late_start_kills_a_server_of_several_engines_only_if_the_server_does_not_answer() -> None:
     late, other = hosted("x", S.STARTING), hosted("y", S.STARTING, restarts=1)
     assert outline(planned([late, other], ready(), OLD)["x"]) is S.FAILED
     assert outline(planned([late, other], LIVES, OLD)["x"]) is Signal.KILL
@@ -230,7 +234,7 @@ def test_an_adapter_that_its_server_refused_gets_a_server_of_its_own() -> None:
         (base(**{**AT_BASE, "state": S.STOPPING}, **STOPPED), ready(), NEW, S.STOPPED),
     ],
 )
-def test_an_engine_that_stops_leaves_the_process_to_the_others(
+def test_an_engine_that_stops_does_not_end_the_process_of_the_other_engines(
     engine: EngineRecord, observed: Observed | None, watch: Watch, expected: object
 ) -> None:
     name = engine.id.removeprefix("engine-")
@@ -243,7 +247,7 @@ def test_an_engine_that_stops_leaves_the_process_to_the_others(
 @pytest.mark.parametrize("name", ["x", "base"])
 def test_the_last_engine_of_a_server_ends_the_process(name: str) -> None:
     last = hosted(name, S.STOPPING, **STOPPED) if name == "x" else base(**{**AT_BASE, "state": S.STOPPING}, **STOPPED)
-    others = [hosted("y", S.QUEUED), hosted("z", S.STOPPED)]  # they have left it
+    others = [hosted("y", S.QUEUED), hosted("z", S.STOPPED)]  # engines that have left the server
     action = planned([last, *others], {last.id: ready("sage-x-1")})[name]
     assert action == SendSignal(last, shared(created_at=action.server.created_at), Signal.STOP, closes=True)  # type: ignore[union-attr]
 
@@ -272,7 +276,7 @@ def test_a_newer_version_of_an_adapter_answers_once_it_is_loaded_and_the_older_o
     assert outline(planned([newer], ready("sage-x-1"))["x"]) is LoadAdapter
     assert planned([newer], ready("sage-x-1", "sage-x-2"))["x"] == Revise(newer)
     served = hosted("x", revision=2, served_as="sage-x-2")
-    assert planned([served], ready("sage-x-1", "sage-x-2"), NEW) == {}  # requests may still name the older one
+    assert planned([served], ready("sage-x-1", "sage-x-2"), NEW) == {}  # requests may still name the older version
     action = planned([served], ready("sage-x-1", "sage-x-2"), OLD)["x"]
     assert isinstance(action, UnloadAdapter)
     assert action.name == "sage-x-1"
@@ -284,12 +288,12 @@ def test_a_newer_version_that_was_refused_is_not_loaded_again_while_the_older_on
     assert outline(planned([refused], ready(), OLD)["x"]) is LoadAdapter
 
 
-def test_what_an_engine_left_in_a_server_is_unloaded_by_another_one() -> None:
+def test_an_adapter_of_an_engine_that_has_left_is_unloaded_by_another_engine_of_the_server() -> None:
     actions = planned([hosted("x"), hosted("y")], ready("sage-x-1", "sage-y-1", "sage-gone-3", "not-ours"))
     assert {name: getattr(action, "name", None) for name, action in actions.items()} == {"x": "sage-gone-3"}
 
 
-def test_an_adapter_that_a_server_has_lost_is_loaded_again_but_not_one_that_was_loaded_after_the_observation() -> None:
+def test_an_adapter_that_a_server_has_lost_is_loaded_again_unless_it_was_loaded_after_the_observation() -> None:
     engines = [hosted("x"), hosted("y")]
     assert outline(planned(engines, ready("sage-y-1"), OLD)["x"]) is LoadAdapter
     assert "x" not in planned(engines, ready("sage-y-1"), NEW)

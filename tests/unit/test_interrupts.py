@@ -69,7 +69,7 @@ def test_an_interrupted_command_says_what_the_engine_does_and_how_to_stop_it(
     assert message in capsys.readouterr().err
 
 
-def test_an_interrupted_answer_is_not_a_success_and_the_conversation_continues(
+def test_ctrl_c_ends_only_the_answer_and_the_conversation_continues(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client: Any = Client("running")

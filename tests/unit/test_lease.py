@@ -1,4 +1,4 @@
-"""LeaseKeeper: only one of several control planes of a node is active, and another one can take over."""
+"""LeaseKeeper: only one of several control planes of a node is active, and another control plane can take over."""
 
 import asyncio
 from collections.abc import Callable
@@ -46,12 +46,12 @@ def test_a_standby_takes_over_from_a_suspended_control_plane_which_then_writes_n
         assert leader.url == "http://a"
         engine = store.add(record(), "user", held)
         assert active._task
-        active._task.cancel()  # suspended: it no longer renews, and does not know
+        active._task.cancel()  # as if suspended: the lease is not renewed, and its holder does not know this
         await until(lambda: standby.lease)
         assert active.lease is None
         with pytest.raises(LeaseLost):
             store.remove(engine, actor="user", lease=held)
-        await active._step()  # continued
+        await active._step()  # as if continued after the suspension
         assert (active.lease, changes) == (None, [held, None])
         await standby.close()
         await active.close()

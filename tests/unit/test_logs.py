@@ -12,7 +12,7 @@ from sage.llm.control_plane.logfile import follow
 
 @pytest.mark.parametrize("count", [0, 1, 3, 100, 10_000, 20_000, 30_000])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_a_tail_begins_at_its_first_line(tmp_path: Path, count: int, end: bytes) -> None:
+def test_the_offset_of_a_tail_is_the_start_of_its_first_line(tmp_path: Path, count: int, end: bytes) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"\n".join(b"line %d" % i for i in range(20_000)) + end)
     wanted = path.read_bytes().splitlines(keepends=True)[max(0, 20_000 - count) :]
@@ -33,7 +33,7 @@ def test_a_log_that_does_not_exist_yet_is_empty(tmp_path: Path) -> None:
 
 def test_offsets_stay_valid_after_a_log_is_cut(tmp_path: Path) -> None:
     log, chance, everything = LogFile(tmp_path / "log"), random.Random(1), b""
-    with log.path.open("ab", buffering=0) as writer:  # as an engine's process has it
+    with log.path.open("ab", buffering=0) as writer:  # an engine's process opens its log in the same way
         for number in range(2000):
             line = b"line %d %s\n" % (number, b"x" * chance.randrange(80))
             everything += line
@@ -45,7 +45,9 @@ def test_offsets_stay_valid_after_a_log_is_cut(tmp_path: Path) -> None:
             offset = chance.randrange(end)
             assert log.read(offset, 500) == everything[max(start, offset) :][:500]
     assert start > 0
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 25_000  # twice the limit, and what came since
+    assert (
+        sum(path.stat().st_size for path in tmp_path.iterdir()) <= 25_000
+    )  # twice the limit, and the lines since the last cut
     assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("log.*")} == {0o600}
     assert log.read(0) == everything[start:]
     assert tail_lines(log.path, 150) == everything.decode().splitlines()[-150:]
@@ -61,7 +63,7 @@ def test_a_reader_during_a_cut_gets_the_complete_tail(tmp_path: Path, monkeypatc
     reader = threading.Thread(target=look)
 
     def replaced(*paths: Path) -> None:
-        reader.start()  # the file is empty, and what was cut off is not in place yet
+        reader.start()  # the log is empty, and the file with its tail does not have its final name yet
         reader.join(0.2)
         replace(*paths)
 
@@ -109,7 +111,7 @@ def test_following_a_log_ends_after_the_last_line_of_the_process(tmp_path: Path)
         nonlocal asked
         asked += 1
         with path.open("a") as log:
-            log.write(f"more {asked}\n")  # it says more until it ends, and once more as it ends
+            log.write(f"more {asked}\n")  # the process writes a line before each check, and also before its end
         if asked == 2:
             LogFile(path).cut(12)
         return asked >= 3

@@ -184,7 +184,7 @@ def test_an_adapter_that_is_its_own_base_is_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "null", "{"])
-def test_a_file_of_a_model_that_is_not_a_json_object_is_named_in_the_error(tmp_path: Path, content: str) -> None:
+def test_the_error_for_a_model_file_without_a_json_object_names_the_file(tmp_path: Path, content: str) -> None:
     folder = full(tmp_path / "part" / "0")
     for name in ("config.json", "generation_config.json", "adapter_config.json"):
         (folder / name).write_text(content)

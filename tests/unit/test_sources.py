@@ -28,7 +28,7 @@ def test_an_existing_path_with_an_equals_sign_has_no_weight(tmp_path: Path) -> N
     source = Source.parse(str(folder))
     assert source == Source(folder, 1)
     folder.rmdir()
-    assert Source.parse(str(source)) == source  # as a run reads it again from its directory
+    assert Source.parse(str(source)) == source  # a run reads the same text again from its directory
     assert Source.parse(f"{folder}=2") == Source(folder, 2)
 
 

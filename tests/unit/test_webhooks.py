@@ -29,7 +29,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLjSw"
 
 
 class Endpoint:
-    """An HTTP server that records the messages and answers with the given statuses, and after these with 200."""
+    """An HTTP server that records messages. It answers with the given statuses in order, and then with 200."""
 
     def __init__(self, *statuses: int) -> None:
         self.statuses = list(statuses)

@@ -1,4 +1,4 @@
-"""What DSPy gets, through LiteLLM; prints it as JSON."""
+"""Send requests with DSPy, which uses LiteLLM, and print the answers as JSON."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ class Judge(dspy.Signature):
     size: Literal["s", "m"] = dspy.OutputField()
 
 
-#: DSPy asks for structured output only if its catalogue says that the model can do it.
+#: By itself, DSPy requests structured output only if its model catalogue says that the model supports structured output.
 FORM = {"ok": {"type": "boolean"}, "size": {"enum": ["s", "m"]}}
 SCHEMA = {"type": "object", "properties": FORM, "required": [*FORM], "additionalProperties": False}
 lm = dspy.LM(f"openai/{model}", api_base=base_url, api_key="none", temperature=0, max_tokens=200, cache=False, num_retries=0)
