@@ -1,4 +1,4 @@
-# The requirement's integration test, word for word but for the port; $BETWEEN is what happens between steps 3 and 4.
+# The integration test in the requirement. Only the port differs. $BETWEEN: commands between the steps 3 and 4.
 # 1. Start fine-tune
 ENGINE_ID=$(sage llm engine start Qwen/Qwen2.5-0.5B-Instruct \
   --engine-kind finetune \

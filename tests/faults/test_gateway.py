@@ -64,7 +64,7 @@ def test_a_gateway_that_could_not_observe_its_engines_reports_the_actual_states_
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not session_members(pid), "the end of the run")
     os.kill(gateway, signal.SIGCONT)
-    wait_for(lambda: is_in(killed, "failed"), "what is", seconds=5)
+    wait_for(lambda: is_in(killed, "failed"), "the actual state", seconds=5)
     assert is_in(trained, "running")
     client().stop_engine(trained.id)
     wait_for(lambda: is_in(trained, "stopped"), "the end of the other run")
