@@ -1,6 +1,6 @@
 """The HTTP interface stays compatible as docs/compatibility.md promises.
 
-`python tests/unit/test_compatibility.py` writes the snapshot anew, after a change that is meant to be kept from now on.
+`python tests/unit/test_compatibility.py` writes a new snapshot. Run it after an intended change of the interface.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The command line finds a gateway in the background, and reports why it cannot."""
+"""The command line finds the gateway in the background, and reports why a gateway does not start or exit."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ def test_a_gateway_that_does_not_exit_is_named_and_pid_0_is_never_killed(
 
 
 @pytest.mark.parametrize("log", ["", "sage gateway: cannot write ", "another line\n"])
-def test_a_gateway_that_could_not_write_its_reason_on_a_full_disk_is_reported_with_it(
+def test_a_full_disk_is_reported_if_the_gateway_could_not_write_its_own_error(
     log: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon.log_path().parent.mkdir(parents=True)

@@ -111,12 +111,8 @@ def outline(action: Action | None) -> object:
         (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), LIVES, OLD, Signal.KILL),
         (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), GONE, NEW, S.PAUSED),
         (of(S.STOPPING, desired=PAUSED, last_request_at=NOW, **IDLE_STOP), LIVES, NEW, DesiredState.RUNNING),
-        (
-            of(S.STOPPING, **IDLE_STOP),
-            LIVES,
-            Watch(S.STOPPING, is_stop_sent=True),
-            None,
-        ),  # a request came after the stop signal
+        # A request came after the stop signal.
+        (of(S.STOPPING, **IDLE_STOP), LIVES, Watch(S.STOPPING, is_stop_sent=True), None),
         (of(S.STOPPING, **IDLE_STOP), GONE, NEW, S.PAUSED),
         (of(S.PAUSED, desired=PAUSED), None, NEW, None),
         (of(S.PAUSED, desired=PAUSED, last_request_at=NOW), None, NEW, DesiredState.RUNNING),
