@@ -31,7 +31,7 @@ from sage.llm.workers.packed import PackedRunner, Part
 from sage.llm.workers.runners import runner_for
 from sage.llm.workers.sequential import SequentialRunner
 
-#: Models whose passes are not packed: other attention, state space layers, positions that depend on the whole batch.
+#: Models that cannot be packed. They have other attention, state space layers, or positions that depend on the whole batch.
 SEQUENTIAL: dict[str, Callable[[], PreTrainedConfig]] = {
     "soft caps": lambda: Gemma2Config(**SIZES, sliding_window=40),
     "sinks": lambda: GptOssConfig(**{**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 40}),
@@ -113,7 +113,7 @@ def app(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
 
 
 def requests() -> list[dict[str, Any]]:
-    """Return requests of all kinds, more than there are slots."""
+    """Return requests of all kinds. There are more requests than slots."""
     plain = [{"prompt": "SAGE trains models. " * times, "max_tokens": 5 + 7 * times} for times in (1, 3, 9, 2)]
     return [
         *plain,
@@ -137,7 +137,7 @@ def test_an_answer_is_the_same_in_a_batch_and_alone(app: FastAPI) -> None:
             assert found[1:] == pytest.approx(scores["token_logprobs"][1:], abs=1e-4)
 
 
-def test_a_long_prompt_is_read_in_parts_between_the_tokens_of_other_answers(
+def test_a_long_prompt_is_read_in_parts_while_other_answers_are_generated(
     app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[list[int]] = []

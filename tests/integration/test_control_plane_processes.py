@@ -65,7 +65,7 @@ def test_training_continues_without_the_gateway_and_the_next_gateway_adopts_it(
     assert "stopped" in sage("llm", "engine", "logs", engine, "--tail", "1").stdout
 
 
-def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_killed_training_run_fails_within_seconds_and_can_be_resumed(tiny_model: Path, tmp_path: Path) -> None:
     options = ("--num-epochs", "2", "--save-steps", "5", "--restart-policy", "no")
     engine = start_training(tiny_model, tmp_path / "out", *options)
     wait_for(lambda: (list_engines()[engine]["training"]["checkpoint_step"] or 0) >= 5, "a checkpoint")
@@ -190,7 +190,7 @@ def test_an_engine_whose_launch_was_not_recorded_is_adopted(tiny_model: Path, sa
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     before = list_engines()[engine]
     kill_gateway()
-    with sqlite3.connect(sage_home / "state/engines.db") as database:  # the rows before the launch was recorded
+    with sqlite3.connect(sage_home / "state/engines.db") as database:  # restore the state before the launch
         database.execute("UPDATE engines SET state = 'starting', served_as = NULL")
         database.execute("UPDATE servers SET state = 'planned', address = NULL")
     sage("gateway", "start")

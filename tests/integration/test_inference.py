@@ -165,7 +165,7 @@ def test_a_request_waits_for_a_starting_engine_and_gets_a_503_after_the_time_lim
 
 
 @pytest.mark.long
-def test_a_killed_engine_is_failed_with_a_reason_and_can_be_resumed(tiny_model: Path, client: openai.OpenAI) -> None:
+def test_a_killed_engine_fails_with_a_reason_and_can_be_resumed(tiny_model: Path, client: openai.OpenAI) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1)
     os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
@@ -183,7 +183,7 @@ def test_a_killed_engine_is_failed_with_a_reason_and_can_be_resumed(tiny_model: 
     assert list_engines() == {}
 
 
-def test_a_model_that_does_not_load_fails_the_command_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_command_fails_with_the_reason_if_a_model_cannot_be_loaded(tiny_model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_model.iterdir():

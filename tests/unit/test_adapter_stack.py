@@ -68,7 +68,7 @@ PASSES: list[list[tuple[int | None, int]]] = [
 
 @pytest.mark.parametrize("kind", [Model, FlatModel])
 @pytest.mark.parametrize("passes", [PASSES, PASSES[::-1]], ids=["growing", "shrinking"])
-def test_each_token_goes_through_its_own_adapter_whatever_was_run_before(
+def test_each_token_uses_its_own_adapter_independent_of_earlier_passes(
     kind: type[Model], passes: list[list[tuple[int | None, int]]]
 ) -> None:
     model = kind()

@@ -161,7 +161,7 @@ def test_an_empty_body_is_a_400() -> None:
     assert refusal(request("POST", START)) == (400, "config_invalid")
 
 
-def test_valid_text_and_nesting_are_accepted() -> None:
+def test_valid_unicode_and_allowed_nesting_are_accepted() -> None:
     emoji = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d\\ude00 \\\\ud83d"}]}'
     nested = b'{"model": "tiny", "x": ' + b"[" * 99 + b"]" * 99 + b"}"
     wide = json.dumps({"model": "tiny", "x": [[]] * 10_000}).encode()

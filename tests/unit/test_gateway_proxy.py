@@ -35,7 +35,7 @@ async def stream_of(request: web.Request, *pieces: bytes, **headers: str) -> web
 
 
 def cut(request: web.Request) -> None:
-    """Close the connection, as the exit of a killed process does."""
+    """Abort the connection, as if the process had been killed."""
     assert request.transport
     request.transport.abort()
 

@@ -46,7 +46,7 @@ def planned(engine: EngineRecord, observed: Observed | None, watch: Watch = NEW,
 
 
 def outline(action: Action | None) -> object:
-    """Return an action in the short form of the tables: a state to write, a signal to send, or the class of the action."""
+    """Return the short form of an action for the tables: the state to write, the signal to send, or the action's class."""
     match action:
         case None:
             return None
@@ -265,7 +265,7 @@ def test_a_run_that_has_stopped_becomes_paused_if_a_pause_was_requested() -> Non
     watch=st.sampled_from([NEW, OLD, Watch(S.RUNNING, silent_seconds=99)]),
     server_state=st.sampled_from(ServerState),
 )
-def test_no_plan_has_an_illegal_transition_or_settles_an_engine_that_may_have_a_process(
+def test_no_plan_has_an_illegal_transition_or_ends_an_engine_whose_process_may_exist(
     state: EngineState,
     desired: DesiredState,
     force: bool,
