@@ -1,4 +1,4 @@
-"""Random faults while runs train and models serve: every run completes exactly, and nothing is lost or left behind."""
+"""Random faults while runs train and models serve: each run gives the exact result, and no event is lost."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ _SETTINGS = {
     "MEMORY_LIMIT_GB": "4", "TRAINING_THREADS": "1", "ENGINE_UNRESPONSIVE_SECONDS": "4", "STOP_SECONDS": "5",
     "REQUEST_WAIT_SECONDS": "5", "LOG_LEVEL": "DEBUG",
 }  # fmt: skip
-#: What may make a run or a model fail: what was done to its process, to the disk, or to the descriptors.
+#: The only allowed reasons for a failure. Each of them follows from a fault that the test injects.
 _TRUE_REASONS = re.compile(
     "killed by SIGKILL|without reporting an error|exit code is unknown|did not answer for"
     "|No space left|is full|Too many open files"

@@ -1,4 +1,4 @@
-"""A restart of the gateway while 16 clients wait for answers of a model."""
+"""The gateway is restarted while 16 clients wait for answers of a model."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def patient_model(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.long
 @pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGKILL])
-def test_after_a_restart_under_load_clients_are_answered_and_interrupted_answers_are_cancelled(
+def test_clients_are_answered_after_a_restart_under_load_and_interrupted_answers_are_cancelled(
     patient_model: Path, sage_home: Path, stop_signal: signal.Signals
 ) -> None:
     sage("gateway", "start")

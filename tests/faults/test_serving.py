@@ -1,4 +1,4 @@
-"""Servers of models that are killed while they answer."""
+"""The server of a model is killed while it answers."""
 
 import json
 import os
@@ -15,7 +15,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.mark.timeout(300)
-def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_comes_back(
+def test_a_stream_whose_server_is_killed_ends_with_an_error_and_the_server_is_restarted(
     tiny_model: Path, sage_home: Path
 ) -> None:
     start = ("llm", "engine", "start", str(tiny_model), "--name", "tiny", "--restart-policy", "on-failure")
@@ -27,7 +27,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
         return list_engines()[engine]
 
     before = now()
-    # It ignores end tokens, so that the stream is long.
+    # The request forbids end tokens, so that the stream is long.
     long = {**body, "max_tokens": 450, "stream": True, "logit_bias": {"2": -100}}
     with httpx.stream("POST", url, json=long, timeout=60) as stream:
         lines = (line for line in stream.iter_lines() if line)
@@ -48,7 +48,7 @@ def test_a_server_killed_in_the_middle_of_a_stream_ends_it_with_an_error_and_com
 
 
 def _command(process: psutil.Process, home: Path) -> str:
-    """Return the command line of a process that was started in a home; empty for others."""
+    """Return the command line of a process whose SAGE_HOME is `home`, or an empty text for any other process."""
     try:
         return " ".join(process.cmdline()) if process.environ().get("SAGE_HOME") == str(home) else ""
     except psutil.Error:

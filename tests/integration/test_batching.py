@@ -1,4 +1,4 @@
-"""Answers that run together: the passes compute what the model computes, and no answer changes or delays another."""
+"""Answers are generated in batches: the logits equal the model's own, and no answer changes or delays another answer."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ from sage.llm.workers.packed import PackedRunner, Part
 from sage.llm.workers.runners import runner_for
 from sage.llm.workers.sequential import SequentialRunner
 
-#: Models whose passes are not packed: other attention, state space layers, positions that depend on the whole batch.
+#: Models that cannot be packed. They have other attention, state space layers, or positions that depend on the whole batch.
 SEQUENTIAL: dict[str, Callable[[], PreTrainedConfig]] = {
     "soft caps": lambda: Gemma2Config(**SIZES, sliding_window=40),
     "sinks": lambda: GptOssConfig(**{**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 40}),
@@ -58,7 +58,7 @@ def prompts() -> list[list[int]]:
 
 
 def own_logits(model: Any, ids: list[int]) -> torch.Tensor:
-    """Return (tokens, vocab_size), from one plain forward pass."""
+    """Return the logits of one plain forward pass: (tokens, vocab_size)."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids])).logits[0]
     assert isinstance(logits, torch.Tensor)
@@ -66,7 +66,7 @@ def own_logits(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pass_of_several_answers_computes_what_the_model_computes(family: str) -> None:
+def test_a_packed_forward_pass_gives_the_same_logits_as_separate_passes(family: str) -> None:
     model = model_of(FAMILIES[family]())
     expected = [own_logits(model, ids) for ids in prompts()]
     runner = runner_for(model)
@@ -76,7 +76,7 @@ def test_a_pass_of_several_answers_computes_what_the_model_computes(family: str)
     with torch.inference_mode():
         step = 0
         while unread := [at for at, ids in enumerate(prompts()) if caches[at].length < len(ids)]:
-            step += 1  # parts of different lengths, single tokens among them
+            step += 1  # the parts have different lengths, and some are single tokens
             parts = [
                 Part(caches[at], prompts()[at][caches[at].length :][: (1, 30, 64)[(at + step) % 3]], wants_all_logits=True)
                 for at in unread
@@ -88,7 +88,7 @@ def test_a_pass_of_several_answers_computes_what_the_model_computes(family: str)
 
 
 @pytest.mark.parametrize("kind", SEQUENTIAL)
-def test_a_model_that_cannot_be_packed_answers_one_at_a_time_and_exactly(kind: str) -> None:
+def test_a_model_that_cannot_be_packed_runs_sequentially_with_the_same_logits(kind: str) -> None:
     model = model_of(SEQUENTIAL[kind]())
     ids = prompts()[-1]
     expected = own_logits(model, ids)
@@ -113,7 +113,7 @@ def app(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
 
 
 def requests() -> list[dict[str, Any]]:
-    """Return requests of all kinds, more than there are slots."""
+    """Return requests of all kinds. There are more requests than slots."""
     plain = [{"prompt": "SAGE trains models. " * times, "max_tokens": 5 + 7 * times} for times in (1, 3, 9, 2)]
     return [
         *plain,
@@ -137,7 +137,7 @@ def test_an_answer_is_the_same_in_a_batch_and_alone(app: FastAPI) -> None:
             assert found[1:] == pytest.approx(scores["token_logprobs"][1:], abs=1e-4)
 
 
-def test_a_long_prompt_is_read_in_parts_between_the_tokens_of_other_answers(
+def test_a_long_prompt_is_read_in_parts_while_other_answers_are_generated(
     app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[list[int]] = []
@@ -162,10 +162,12 @@ def test_a_long_prompt_is_read_in_parts_between_the_tokens_of_other_answers(
     )
     reading = [lengths for lengths in passes if 16 in lengths or max(lengths) > 3]
     assert all(sum(length for length in lengths if length > 1) <= 16 for lengths in passes)
-    assert sum(lengths.count(1) for lengths in reading) >= 15  # at least one of the short ones was answered meanwhile
+    assert sum(lengths.count(1) for lengths in reading) >= 15  # at least one short request got tokens meanwhile
 
 
-def test_slots_bound_the_answers_in_progress(app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots_limit_the_number_of_answers_in_progress(
+    app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     most, run = 0, generator.runner.run
 
     def counted(parts: list[Part], check: Callable[[], None]) -> Any:
@@ -179,7 +181,7 @@ def test_slots_bound_the_answers_in_progress(app: FastAPI, generator: Generator,
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("x")], ids=repr)
-def test_an_answer_that_fails_fails_alone(
+def test_an_answer_that_fails_does_not_affect_other_answers(
     app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     bad, run = [333] * 20, generator.runner.run
@@ -214,7 +216,7 @@ def test_a_server_whose_model_thread_has_ended_answers_500_and_is_not_healthy(
     assert health() == 500
 
 
-def test_a_short_answer_ends_before_a_long_one_that_came_first(app: FastAPI, generator: Generator) -> None:
+def test_a_short_answer_ends_before_a_long_answer_that_began_first(app: FastAPI, generator: Generator) -> None:
     has_begun = threading.Event()
     hook = generator.model.register_forward_hook(lambda *_: has_begun.set())
     ended: list[int] = []

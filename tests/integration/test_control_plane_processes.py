@@ -1,4 +1,4 @@
-"""Engines and the gateway as processes: what lives on, what is adopted, what is told."""
+"""Engines and gateways as real processes: engines continue without a gateway, and the next gateway adopts them."""
 
 import asyncio
 import json
@@ -33,7 +33,9 @@ def kill_gateway() -> None:
     wait_for(lambda: holder(Path(os.environ["SAGE_HOME"]) / "state/gateway.lock") is None, "the end of the gateway")
 
 
-def test_training_outlives_the_gateway_and_is_adopted_by_the_next(tiny_model: Path, tmp_path: Path, sage_home: Path) -> None:
+def test_training_continues_without_the_gateway_and_the_next_gateway_adopts_it(
+    tiny_model: Path, tmp_path: Path, sage_home: Path
+) -> None:
     engine = start_training(tiny_model, tmp_path / "out", "--num-epochs", "40", "--save-steps", "1000")
     follow = [*SAGE, "llm", "engine", "logs", engine, "--follow"]
     follower = subprocess.Popen(follow, env=environment(sage_home), stdout=subprocess.PIPE)
@@ -47,7 +49,7 @@ def test_training_outlives_the_gateway_and_is_adopted_by_the_next(tiny_model: Pa
     events = sage_home / "data/models/finetuned" / engine.replace("engine", "task") / "events.jsonl"
     before = events.read_text().count('"event": "step"')
     wait_for(lambda: events.read_text().count('"event": "step"') > before + 3, "training to go on")
-    listed = list_engines()[engine]  # starts the gateway again
+    listed = list_engines()[engine]  # this command starts the gateway again
     assert listed["state"] == "running"
     assert listed["pid"] == pid
     assert listed["training"]["step"] > before
@@ -58,12 +60,12 @@ def test_training_outlives_the_gateway_and_is_adopted_by_the_next(tiny_model: Pa
     followed, _ = follower.communicate(timeout=60)
     log = events.with_name("worker.log").read_bytes()
     assert b"stopped at step" in followed
-    assert log.endswith(followed)  # nothing lost, nothing twice, over the gateway's death
+    assert log.endswith(followed)  # no line is lost or repeated although the gateway was killed
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert "stopped" in sage("llm", "engine", "logs", engine, "--tail", "1").stdout
 
 
-def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_killed_training_run_fails_within_seconds_and_can_be_resumed(tiny_model: Path, tmp_path: Path) -> None:
     options = ("--num-epochs", "2", "--save-steps", "5", "--restart-policy", "no")
     engine = start_training(tiny_model, tmp_path / "out", *options)
     wait_for(lambda: (list_engines()[engine]["training"]["checkpoint_step"] or 0) >= 5, "a checkpoint")
@@ -81,7 +83,7 @@ def test_a_killed_trainer_is_failed_within_seconds_and_resumes(tiny_model: Path,
 
 
 @pytest.mark.long
-def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_command_fine_tune_starts_a_finetune_engine(tiny_model: Path, tmp_path: Path) -> None:
     done = sage(
         "llm", "fine-tune", "--base-model", str(tiny_model), "--dataset", str(SAMPLES), "--output", str(tmp_path / "out"),
         "--lora-rank", "4", "--max-steps", "3", "--eval", str(HELDOUT), "--wait",
@@ -105,7 +107,7 @@ def test_fine_tune_is_the_same_by_another_name(tiny_model: Path, tmp_path: Path)
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
-def test_the_engine_works_on_its_own_from_python(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_finetune_engine_works_from_python_without_a_gateway(tiny_model: Path, tmp_path: Path) -> None:
     async def main() -> None:
         engine = FinetuneEngine(FinetuneEngineConfig(str(tiny_model), str(SAMPLES), str(tmp_path / "out"), num_epochs=9))
         assert engine.status == "not_started"
@@ -128,7 +130,7 @@ def test_the_engine_works_on_its_own_from_python(tiny_model: Path, tmp_path: Pat
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
-def test_the_async_client_does_all_that_the_sync_one_does(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_async_client_starts_follows_and_removes_an_engine(tiny_model: Path, tmp_path: Path) -> None:
     sage("gateway", "start")
 
     async def main() -> None:
@@ -153,7 +155,7 @@ def test_the_async_client_does_all_that_the_sync_one_does(tiny_model: Path, tmp_
     asyncio.run(main())
 
 
-def test_with_a_key_only_those_who_have_it_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_a_key_is_set_requests_without_it_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     done = sage("gateway", "start", "--host", "0.0.0.0", check=3)
     assert "Set SAGE_API_KEY" in done.stderr
     monkeypatch.setenv("SAGE_API_KEY", "secret")
@@ -165,12 +167,12 @@ def test_with_a_key_only_those_who_have_it_are_served(monkeypatch: pytest.Monkey
     assert list_engines() == {}  # the command line on this machine finds the key
 
 
-def test_a_page_under_another_name_does_not_reach_the_gateway() -> None:
+def test_a_request_with_a_foreign_host_name_gets_a_403() -> None:
     sage("gateway", "start")
     assert httpx.get(f"{url()}/health", headers={"Host": "evil.example"}).status_code == 403
 
 
-def test_there_is_one_gateway_and_it_is_found_again() -> None:
+def test_only_one_gateway_runs_and_the_commands_find_it() -> None:
     first = sage("gateway", "start").stdout
     assert "The gateway is running (PID" in first
     assert "is already running" in sage("gateway", "start").stdout
@@ -184,11 +186,11 @@ def test_there_is_one_gateway_and_it_is_found_again() -> None:
     assert json.loads(sage("gateway", "status", "--json").stdout)["url"].endswith(other)
 
 
-def test_an_engine_whose_launch_was_not_written_is_adopted(tiny_model: Path, sage_home: Path) -> None:
+def test_an_engine_whose_launch_was_not_recorded_is_adopted(tiny_model: Path, sage_home: Path) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     before = list_engines()[engine]
     kill_gateway()
-    with sqlite3.connect(sage_home / "state/engines.db") as database:  # as it was when the launch began
+    with sqlite3.connect(sage_home / "state/engines.db") as database:  # restore the state before the launch
         database.execute("UPDATE engines SET state = 'starting', served_as = NULL")
         database.execute("UPDATE servers SET state = 'planned', address = NULL")
     sage("gateway", "start")

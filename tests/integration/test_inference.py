@@ -1,4 +1,4 @@
-"""Engines that answer, through a real gateway, with OpenAI's own client."""
+"""Engines answer requests that OpenAI's own client sends through a real gateway."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def client(base_url: str) -> openai.OpenAI:
 
 
 def peft_greedy(base: Path, adapter: Path | None, count: int) -> str:
-    """Return what PEFT and transformers themselves answer."""
+    """Return the greedy answer of transformers, or of PEFT if an adapter is given."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter:
@@ -109,7 +109,7 @@ def test_openai_s_own_client_works(tiny_model: Path, client: openai.OpenAI) -> N
 
 
 class Verdict(BaseModel):
-    """A form of answers."""
+    """A verdict."""
 
     ok: bool
     size: Literal["s", "m"]
@@ -147,7 +147,7 @@ def test_openai_s_own_client_gets_tool_calls_and_parsed_answers(
     assert client.chat.completions.create(**{**asked, "messages": [*HELLO, *results]}, tools=[tool]).choices
 
 
-def test_a_request_waits_for_an_engine_that_starts_and_is_told_when_it_takes_too_long(
+def test_a_request_waits_for_a_starting_engine_and_gets_a_503_after_the_time_limit(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SAGE_REQUEST_WAIT_SECONDS", "0.1")
@@ -165,7 +165,7 @@ def test_a_request_waits_for_an_engine_that_starts_and_is_told_when_it_takes_too
 
 
 @pytest.mark.long
-def test_an_engine_that_dies_says_so_and_comes_back(tiny_model: Path, client: openai.OpenAI) -> None:
+def test_a_killed_engine_fails_with_a_reason_and_can_be_resumed(tiny_model: Path, client: openai.OpenAI) -> None:
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model)))
     client.chat.completions.create(model=engine, messages=HELLO, max_tokens=1)
     os.kill(list_engines()[engine]["pid"], signal.SIGKILL)
@@ -183,7 +183,7 @@ def test_an_engine_that_dies_says_so_and_comes_back(tiny_model: Path, client: op
     assert list_engines() == {}
 
 
-def test_a_model_that_does_not_load_fails_the_command_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_command_fails_with_the_reason_if_a_model_cannot_be_loaded(tiny_model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in tiny_model.iterdir():
@@ -195,7 +195,7 @@ def test_a_model_that_does_not_load_fails_the_command_with_the_reason(tiny_model
     assert "no_such_architecture" in done.stderr
 
 
-def test_adapters_of_ours_and_of_peft_s_are_served_as_peft_itself_answers(
+def test_served_adapters_of_sage_and_of_peft_give_the_same_answers_as_peft(
     tiny_model: Path, tmp_path: Path, client: openai.OpenAI
 ) -> None:
     ours = TinyRun(tiny_model, tmp_path / "ours", max_steps=40).trained().output
@@ -213,12 +213,12 @@ def test_adapters_of_ours_and_of_peft_s_are_served_as_peft_itself_answers(
         assert served.choices[0].message.content == peft_greedy(tiny_model, adapter, 24)
         assert served.choices[0].message.content != base_answer
         sage("llm", "engine", "stop", engine)
-    # Plain transformers loads it by the name of its folder alone.
+    # transformers loads our adapter if only the adapter's folder is given.
     plain = AutoModelForCausalLM.from_pretrained(ours)
     assert any("lora" in name for name, _ in plain.named_parameters())
 
 
-def test_who_hangs_up_makes_room_for_the_next(tiny_model: Path, base_url: str) -> None:
+def test_the_slot_of_a_client_that_disconnects_becomes_free(tiny_model: Path, base_url: str) -> None:
     sage("llm", "engine", "start", str(tiny_model), "--name", "tiny")
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 450, "temperature": 0, "stream": True}
     for _ in range(20):
@@ -243,7 +243,7 @@ def test_more_requests_at_once_than_the_server_has_threads_are_all_answered(tiny
     assert [answer.status_code for answer in asyncio.run(ask_all())] == [200] * 60
 
 
-def test_a_port_of_the_user_s_is_used_or_refused(tiny_model: Path) -> None:
+def test_an_engine_gets_the_requested_port_or_an_error_if_the_port_is_in_use(tiny_model: Path) -> None:
     port = free_port()
     engine = engine_of(sage("llm", "engine", "start", str(tiny_model), "--port", str(port)))
     assert list_engines()[engine]["port"] == port

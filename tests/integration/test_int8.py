@@ -1,4 +1,4 @@
-"""Int8 matrix products: the C code against torch, and a quantized base against the original."""
+"""Int8 matrix products: the C code gives the same bits as torch, and a quantized base nearly the same gradients."""
 
 from pathlib import Path
 
@@ -43,7 +43,9 @@ def test_c_and_torch_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.
 
 @pytest.mark.parametrize("is_native", [pytest.param(True, marks=needs_compiler), False])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_hidden(wrong: float, is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_with_nan_or_infinity_has_no_finite_output(
+    wrong: float, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not is_native:
         monkeypatch.setattr(int8, "library", lambda _: (None, ""))
     matrix, numbers = Int8Matrix(random(8, 16), torch.ones(16)), random(3, 16, seed=1)
@@ -53,7 +55,7 @@ def test_what_is_no_number_is_not_hidden(wrong: float, is_native: bool, monkeypa
     assert made[[0, 2]].isfinite().all()
 
 
-def test_columns_much_larger_than_the_rest_do_not_drown_it() -> None:
+def test_columns_with_large_values_do_not_increase_the_error_of_the_others() -> None:
     weight, inputs = random(48, 64), random(50, 64, seed=1)
     inputs[:, [3, 40]] *= 300
     weight[:, [3, 40]] /= 300
@@ -107,20 +109,20 @@ def test_in_evaluation_and_for_generation_only_the_weights_are_rounded() -> None
             assert 0 < moved.norm() / expected.norm() < 0.02
 
 
-def test_a_layer_without_recorded_inputs_stays_whole_and_records_no_more() -> None:
+def test_a_layer_without_recorded_inputs_is_not_quantized_and_stops_recording() -> None:
     layer = torch.nn.Linear(4, 3)
     projections = Projections([layer])
     projections.record_inputs()
     assert projections.quantize() is None
     projections.forward(random(2, 4), None)
-    assert projections.quantize() is None  # the input was not kept
+    assert projections.quantize() is None  # `quantize` has ended the recording
     assert layer.weight.numel() == 12
 
 
-def test_what_does_not_bear_it_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_dropout_or_a_large_error_are_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not shrunk("llama", **LORA["dropout"])[0].int8_matrices
     forward = Int8Matrix.forward
-    # gate and up alone have so many rows
+    # only gate and up have 112 rows
     monkeypatch.setattr(Int8Matrix, "forward", lambda self, x: forward(self, x) * (0.8 if len(self._scales) == 112 else 1))
     kernels, _ = shrunk("llama")
     assert kernels.int8_matrices == 6
@@ -129,13 +131,13 @@ def test_what_does_not_bear_it_stays_whole(monkeypatch: pytest.MonkeyPatch) -> N
     assert any("down" in name for name in empty)
 
 
-def test_without_a_compiler_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     assert native.library.__wrapped__(int8._SOURCE) == (None, "there is no C compiler (cc)")
 
 
 @needs_compiler
-def test_c_is_compiled_once_and_where_it_cannot_be_that_is_said(
+def test_c_code_is_compiled_once_and_a_failed_compilation_is_reported(
     sage_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = native.library.__wrapped__

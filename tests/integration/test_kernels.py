@@ -1,4 +1,4 @@
-"""The training step's own mathematics against transformers' and PEFT's: values and gradients, by model family."""
+"""SAGE's training step gives the same losses and gradients as transformers and PEFT, for each model family."""
 
 import pytest
 import torch
@@ -27,19 +27,21 @@ def installed(model: PeftModel, compute_dtype: torch.dtype | None = None) -> Ker
 
 @pytest.mark.parametrize("lora", [name for name in LORA if name != "dropout"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_and_fused_equals_padded_and_plain_in_float64(family: str, lora: str) -> None:
+def test_packed_and_fused_training_gives_the_gradients_of_padded_training(family: str, lora: str) -> None:
     plain = gradients(trainable(FAMILIES[family](), torch.float64, **LORA[lora]), [samples()], None)
     model = trainable(FAMILIES[family](), torch.float64, **LORA[lora])
     fast = gradients(model, [samples()], installed(model))
     assert fast.keys() == plain.keys()
     for name, expected in plain.items():
-        # transformers takes the softmax of eager attention, norms and the loss in fp32, whatever the model's numbers are.
+        # transformers computes the softmax of eager attention, the norms and the loss in fp32, even if the model is float64.
         torch.testing.assert_close(fast[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_step(family: str, compute_dtype: torch.dtype) -> None:
+def test_the_error_of_gradients_in_bf16_is_not_much_larger_than_without_kernels(
+    family: str, compute_dtype: torch.dtype
+) -> None:
     def distance(found: dict[str, Tensor]) -> float:
         squares = [((found[name].double() - truth[name]) ** 2).sum() for name in truth if name != "loss"]
         return float(torch.stack(squares).sum().sqrt())
@@ -48,11 +50,11 @@ def test_in_bf16_it_is_no_further_from_the_truth_than_the_plain_step(family: str
     plain = gradients(trainable(FAMILIES[family](), torch.float32).to(torch.bfloat16), [samples()], None)
     model = trainable(FAMILIES[family](), torch.float32).to(torch.bfloat16)
     fast = gradients(model, [samples()], installed(model, compute_dtype))
-    assert distance(fast) < 1.2 * distance(plain)  # rounding is chance
+    assert distance(fast) < 1.2 * distance(plain)  # rounding errors are random
     assert abs(fast["loss"] - truth["loss"]) < 0.01 * truth["loss"]
 
 
-def test_the_outputs_of_norms_are_made_again_and_not_kept() -> None:
+def test_the_outputs_of_norms_are_recomputed_and_not_saved() -> None:
     model = trainable(FAMILIES["llama"](), torch.float32)
     installed(model)
     outputs: list[Tensor] = []
@@ -74,7 +76,7 @@ def test_the_outputs_of_norms_are_made_again_and_not_kept() -> None:
     assert not kept & {output.data_ptr() for output in outputs}
 
 
-def test_accumulated_micro_batches_give_the_gradient_of_the_whole() -> None:
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     model = trainable(FAMILIES["llama"](), torch.float64)
     kernels = installed(model)
     whole = {name: grad.clone() for name, grad in gradients(model, [samples()], kernels).items()}
@@ -84,7 +86,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole() -> None:
         torch.testing.assert_close(cut[name], expected, rtol=1e-9, atol=1e-12)
 
 
-def test_with_dropout_the_adapters_own_forward_runs() -> None:
+def test_dropout_of_the_adapters_is_applied_and_depends_on_the_seed() -> None:
     def step(seed: int) -> dict[str, Tensor]:
         model = trainable(FAMILIES["llama"](), torch.float64, **LORA["dropout"])
         kernels = installed(model)
@@ -97,7 +99,7 @@ def test_with_dropout_the_adapters_own_forward_runs() -> None:
     assert first["loss"] != other["loss"]
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+def test_gradient_checkpointing_does_not_change_the_gradients() -> None:
     model = trainable(FAMILIES["qwen3"](), torch.float64)
     kernels = installed(model)
     kept = {name: grad.clone() for name, grad in gradients(model, [samples()], kernels).items()}
@@ -108,7 +110,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(made_again[name], expected, rtol=1e-12, atol=1e-15)
 
 
-def test_the_chunked_loss_is_that_of_dense_logits() -> None:
+def test_the_chunked_loss_equals_the_loss_of_dense_logits() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(700, 32, dtype=torch.float64, requires_grad=True)
     head, targets = torch.randn(211, 32, dtype=torch.float64), torch.randint(211, (700,))
@@ -123,7 +125,7 @@ def test_the_chunked_loss_is_that_of_dense_logits() -> None:
     assert correct == (logits.argmax(-1) == targets).sum()
 
 
-def test_a_decoder_of_another_layout_is_packed_at_least() -> None:
+def test_a_decoder_with_an_unknown_layout_is_packed_without_fused_layers() -> None:
     config = GPT2Config(
         n_embd=64, n_layer=2, n_head=2, vocab_size=320, n_positions=512, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
     )
@@ -143,7 +145,7 @@ def test_a_decoder_of_another_layout_is_packed_at_least() -> None:
         (BloomConfig(hidden_size=64, n_layer=1, n_head=2, vocab_size=320), "BloomForCausalLM"),
     ],
 )
-def test_a_model_that_computes_otherwise_stays_as_it_is(config: PreTrainedConfig, reason: str) -> None:
+def test_an_unsupported_model_is_not_changed(config: PreTrainedConfig, reason: str) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.requires_grad_(False)
@@ -156,7 +158,7 @@ def test_a_model_that_computes_otherwise_stays_as_it_is(config: PreTrainedConfig
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
 
 
-def test_kernels_step_aside_for_generation() -> None:
+def test_kernels_can_be_disabled_for_generation() -> None:
     model = trainable(FAMILIES["qwen2"](), torch.float32).eval()
     prompt = torch.arange(3, 12)[None]
     before = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -168,8 +170,8 @@ def test_kernels_step_aside_for_generation() -> None:
 
 
 @pytest.mark.parametrize("turned", [True, False])
-def test_a_gpu_s_attention_is_ours(turned: bool) -> None:
-    """The path of a GPU, in numbers that a CPU computes in."""
+def test_fused_attention_equals_packed_attention(turned: bool) -> None:
+    """Run the attention for GPUs on the CPU, in float64."""
     torch.manual_seed(0)
     shape, cu_seqlens, tokens = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=16, scaling=0.3), [0, 5, 12, 49], 64
     angles = torch.rand(tokens, shape.head_dim // 2, dtype=torch.float64).repeat(1, 2)

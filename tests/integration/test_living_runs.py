@@ -46,7 +46,7 @@ def test_a_running_run_is_changed_and_forked(tiny_model: Path, tmp_path: Path) -
     run(test)
 
 
-def test_a_served_model_is_not_a_training_run(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_training_options_of_a_served_model_cannot_be_changed(tiny_model: Path, tmp_path: Path) -> None:
     async def test(manager: ControlPlaneManager) -> None:
         engine = await manager.start_engine(StartRequest(model=str(tiny_model)))
         with pytest.raises(Conflict, match="is an engine of kind llm, not a training run"):

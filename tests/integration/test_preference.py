@@ -1,4 +1,4 @@
-"""Learning from preferences and rewards, by TRL's methods."""
+"""Training on preferences and rewards with the methods of TRL."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ ROWS["orpo"] = ROWS["dpo"]
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """The options of a run of each method; reward files are allowed."""
+    """Return the options of a run for each method, and allow reward files."""
     monkeypatch.setenv("SAGE_ALLOW_REWARD_FILES", "true")
     (tmp_path / "reward.py").write_text(REWARD)
     more = {"grpo": {"reward_file": str(tmp_path / "reward.py"), "max_completion_length": 8}}
@@ -39,7 +39,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[s
 
 
 @pytest.mark.parametrize("method", ["dpo", pytest.param("grpo", marks=pytest.mark.long)])
-def test_a_stopped_run_goes_on_as_if_it_never_was(
+def test_a_resumed_run_gives_the_same_result_as_an_uninterrupted_run(
     tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str
 ) -> None:
     steps = {"max_steps": 8, "save_steps": 100}
@@ -57,7 +57,9 @@ def test_a_stopped_run_goes_on_as_if_it_never_was(
 
 
 @pytest.mark.parametrize("method", ["orpo", "kto"])
-def test_a_method_of_trl_s_learns(tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str) -> None:
+def test_orpo_and_kto_reduce_the_loss(
+    tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], method: str
+) -> None:
     run = TinyRun(tiny_model, tmp_path / "out", **options[method], max_steps=4).trained()
     losses = run.losses()
     assert len(losses) == run.status.total_steps == 4
@@ -67,12 +69,14 @@ def test_a_method_of_trl_s_learns(tiny_model: Path, tmp_path: Path, options: dic
     )
 
 
-def test_preferences_are_learnt_on_top_of_answers(
+def test_dpo_continues_the_training_of_an_sft_adapter(
     tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]]
 ) -> None:
     first = TinyRun(tiny_model, tmp_path / "first", max_steps=2).trained()
     second = TinyRun(first.output, tmp_path / "second", **options["dpo"], max_steps=3).trained()
-    assert second.losses()[1] == pytest.approx(0.6931, abs=1e-3)  # the reference is the adapter, not the bare base
+    assert second.losses()[1] == pytest.approx(
+        0.6931, abs=1e-3
+    )  # ln 2, because the reference model is the adapter that is trained
     config = json.loads((second.output / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_model)
     assert not (second.output / "ref").exists()
@@ -91,7 +95,7 @@ def test_preferences_are_learnt_on_top_of_answers(
         ("kto", [], "a JSON object is expected"),
     ],
 )
-def test_a_record_that_does_not_fit_is_named_before_the_start(
+def test_an_invalid_record_is_reported_before_the_run_starts(
     tiny_model: Path, tmp_path: Path, method: str, record: Any, told: str
 ) -> None:
     data = write_jsonl(tmp_path / "bad.jsonl", [ROWS[method][0], record])
@@ -99,14 +103,14 @@ def test_a_record_that_does_not_fit_is_named_before_the_start(
         TinyRun(tiny_model, tmp_path / "out", method=method, dataset_path=str(data))
 
 
-def test_a_conversation_that_ends_in_two_ways_is_a_pair(tiny_model: Path, tmp_path: Path) -> None:
+def test_chosen_and_rejected_may_be_whole_conversations(tiny_model: Path, tmp_path: Path) -> None:
     asked = [{"role": "user", "content": "Is 1 a number?"}]
     record = {end: [*asked, {"role": "assistant", "content": end}] for end in ("chosen", "rejected")}
     data = write_jsonl(tmp_path / "pairs.jsonl", [record] * 4)
     assert TinyRun(tiny_model, tmp_path / "out", method="dpo", dataset_path=str(data)).path.is_dir()
 
 
-def test_a_table_of_calls_has_the_arguments_that_were_given() -> None:
+def test_tool_calls_in_a_table_keep_their_own_arguments() -> None:
     from sage.libs.finetune.training.preference import table_of
 
     def spoken(**message: Any) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def test_a_table_of_calls_has_the_arguments_that_were_given() -> None:
     assert list(table_of(rows)) == rows
 
 
-def test_reward_files_are_off_unless_allowed_and_are_checked(
+def test_reward_files_are_checked_and_rejected_unless_they_are_allowed(
     tiny_model: Path, tmp_path: Path, options: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = tmp_path / "reward.py"

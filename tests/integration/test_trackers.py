@@ -14,7 +14,7 @@ if_tensorboard = pytest.mark.skipif(
 )
 
 
-def test_a_run_with_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(
+def test_the_error_for_a_missing_tracker_has_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)

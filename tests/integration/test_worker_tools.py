@@ -1,4 +1,4 @@
-"""Tool calls and structured output of a real model, whose templates write them as those of the known families do."""
+"""Tool calls and structured output of a real model, with chat templates like those of known model families."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def calls_of(message: dict[str, Any]) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}], ids=str)
-def test_a_call_that_is_required_is_made_whole_and_streamed(server: Server, choice: Any, temperature: float) -> None:
+def test_a_required_call_is_made_with_and_without_streaming(server: Server, choice: Any, temperature: float) -> None:
     body = {"tools": [NOW, STOP], "tool_choice": choice, "max_tokens": 400, "temperature": temperature, "seed": 1}
     answer = server.chat(**body, parallel_tool_calls=False).json()
     ((name, arguments),) = calls_of(answer["choices"][0]["message"])
@@ -91,7 +91,7 @@ def test_an_answer_is_json_or_a_call_if_both_are_asked_for(server: Server) -> No
     assert kinds == {"call", "no call"}
 
 
-def test_json_object_begins_an_object(server: Server) -> None:
+def test_an_answer_in_the_format_json_object_begins_with_a_brace(server: Server) -> None:
     content = server.chat(response_format={"type": "json_object"}).json()["choices"][0]["message"]["content"]
     assert content.startswith("{")
 
@@ -113,7 +113,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_with_the_keyword(server: Se
     assert error_of(server.chat(tools=[tool]))["param"] == "tools"
 
 
-def test_tools_that_are_not_called_leave_the_answer_as_it_is(server: Server) -> None:
+def test_offered_tools_are_in_the_prompt_and_need_not_be_called(server: Server) -> None:
     free, offered = server.chat(max_tokens=20).json(), server.chat(max_tokens=20, tools=[NOW]).json()
     assert "tool_calls" not in offered["choices"][0]["message"]
     assert offered["usage"]["prompt_tokens"] > free["usage"]["prompt_tokens"]

@@ -1,4 +1,4 @@
-"""Tokens of several adapters in one pass: each goes through the weights of its own."""
+"""One forward pass computes tokens of several adapters: each token uses the weights of its own adapter."""
 
 import weakref
 
@@ -21,14 +21,14 @@ class Model(nn.Sequential):
 
 
 class FlatModel(Model):
-    """The same, on tokens without a batch dimension."""
+    """The same model. Its layers get the tokens without the batch dimension."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return super().forward(inputs[0])[None]  # type: ignore[no-any-return]
 
 
 class Expert(Model):
-    """The same, for some of the tokens."""
+    """The same model. Its layers get only every second token."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return super().forward(inputs[0, ::2])  # type: ignore[no-any-return]
@@ -44,7 +44,7 @@ def adapter_of(ranks: dict[str, int], seed: int) -> Adapter:
 
 
 def alone(model: Model, adapter: Adapter | None, inputs: torch.Tensor) -> torch.Tensor:
-    """Return what the adapter's definition gives, layer by layer."""
+    """Return the outputs of the model with one adapter, computed from the definition of LoRA."""
     for name, layer in model.named_children():
         outputs = nn.functional.linear(inputs, layer.weight, layer.bias)
         if adapter and name in adapter.weights:
@@ -68,7 +68,7 @@ PASSES: list[list[tuple[int | None, int]]] = [
 
 @pytest.mark.parametrize("kind", [Model, FlatModel])
 @pytest.mark.parametrize("passes", [PASSES, PASSES[::-1]], ids=["growing", "shrinking"])
-def test_each_token_goes_through_its_own_adapter_whatever_was_run_before(
+def test_each_token_uses_its_own_adapter_independent_of_earlier_passes(
     kind: type[Model], passes: list[list[tuple[int | None, int]]]
 ) -> None:
     model = kind()

@@ -1,4 +1,4 @@
-"""Admission as a table of cases, and its promises over random sequences."""
+"""Admission decides as in a table of cases, and keeps its guarantees in random sequences of events."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -205,7 +205,7 @@ def test_each_case_gets_its_decision(case: str) -> None:
 
 
 class World:
-    """Engines that come, run and go, under the decisions of `admit`."""
+    """A simulation that starts, pauses and refuses engines as `admit` decides."""
 
     def __init__(self, devices: Sequence[DeviceMemory]) -> None:
         self.devices = devices
@@ -249,7 +249,7 @@ class World:
         return decisions
 
     def leave(self) -> None:
-        """The paused engines exit, and wait to come back."""
+        """Let the engines that are being paused exit, and add them to the queue again."""
         for engine_id, holder in list(self.holders.items()):
             if holder.is_leaving:
                 del self.holders[engine_id]
@@ -262,7 +262,7 @@ class World:
             del self.holders[runs[index % len(runs)]]
 
     def grow(self, index: int, size: int) -> None:
-        """A running engine uses more memory of its first device."""
+        """Set the memory that a running engine uses on its first device."""
         if self.holders:
             engine_id = sorted(self.holders)[index % len(self.holders)]
             holder = self.holders[engine_id]
@@ -300,7 +300,7 @@ SEQUENCES = given(DEVICES, STEPS)
 
 
 def follow(devices: list[DeviceMemory], steps: list[Step]) -> None:
-    """Follow a sequence of requests, ends and pauses, and check the promises of admission."""
+    """Simulate a sequence of events, and check the guarantees of admission."""
     world = World(devices)
     for number, step in enumerate(steps):
         match step:
@@ -314,17 +314,17 @@ def follow(devices: list[DeviceMemory], steps: list[Step]) -> None:
                 world.end(step)
             case (index, size):
                 world.grow(index, size)
-    # From now on nobody new comes, training runs end, and every second round a paused engine's process exits.
+    # From now on, no new engines arrive. In each round, the paused engines exit and one training run ends.
     for _ in range(4 * len(world.engines) + 4):
         world.decide()
         world.leave()
         world.end(0)
     decisions = world.decide()
-    for claim in world.queue:  # what still waits has no room beside the models that stay
+    for claim in world.queue:  # an engine that still waits does not fit beside the running models
         assert isinstance(decisions[claim.engine_id], Wait)
         rooms = map(world.free_bytes, devices)
         assert sum(room >= claim.memory_bytes for room in rooms) < claim.device_count
-    while world.paused:  # when other models are stopped, paused engines come back
+    while world.paused:  # if all running engines are stopped, a paused engine can start
         count = len(world.paused)
         world.holders.clear()
         world.queue = [claim for claim in world.queue if claim.engine_id in world.paused]
@@ -334,12 +334,12 @@ def follow(devices: list[DeviceMemory], steps: list[Step]) -> None:
 
 @SEQUENCES
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_no_memory_is_promised_twice_and_no_engine_waits_without_end(devices: list[DeviceMemory], steps: list[Step]) -> None:
+def test_no_memory_is_reserved_twice_and_no_engine_waits_forever(devices: list[DeviceMemory], steps: list[Step]) -> None:
     follow(devices, steps)
 
 
 @pytest.mark.long
 @SEQUENCES
 @settings(max_examples=10_000, deadline=None, derandomize=True)
-def test_the_promises_hold_over_10_000_sequences(devices: list[DeviceMemory], steps: list[Step]) -> None:
+def test_the_guarantees_hold_in_10_000_sequences(devices: list[DeviceMemory], steps: list[Step]) -> None:
     follow(devices, steps)

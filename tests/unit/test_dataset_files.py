@@ -23,7 +23,7 @@ def test_the_example_datasets_have_no_faults() -> None:
     assert not report.duplicates
 
 
-def test_line_17_of_broken_json_is_named(tmp_path: Path) -> None:
+def test_the_error_for_invalid_json_names_the_line(tmp_path: Path) -> None:
     lines = [json.dumps(chat_record(f"q{i}", "a")) for i in range(20)]
     lines[16] = '{"messages": ['
     path = tmp_path / "train.jsonl"
@@ -96,7 +96,7 @@ def test_csv_json_and_parquet_give_the_same_samples_as_jsonl(tmp_path: Path) -> 
         ("a.arrow", b"ARROW1", "record 1: the arrow file is damaged"),
     ],
 )
-def test_a_broken_file_of_any_kind_is_reported_with_its_position(
+def test_the_fault_of_a_broken_file_is_reported_with_its_position(
     tmp_path: Path, name: str, content: bytes, said: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -104,14 +104,14 @@ def test_a_broken_file_of_any_kind_is_reported_with_its_position(
     assert said in str(fault)
 
 
-def test_csv_is_read_on_after_an_invalid_row(tmp_path: Path) -> None:
+def test_the_rows_after_an_invalid_csv_row_are_read(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b'text\n"two\nlines"\n\xff\n\nlast\n')
     report = DatasetReport(tmp_path / "t.csv")
     assert [(sample.origin.line, sample.content) for sample in read_samples(report)] == [(2, "two\nlines"), (6, "last")]
     assert [fault.origin.line for fault in report.faults] == [4]
 
 
-def test_a_line_without_an_end_is_not_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_not_read_completely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_LINE_BYTES", 2**20)
     (tmp_path / "t.jsonl").write_bytes(b'{"text": "a"}\n{"text": "' + b"a" * 2**20)
     report = check_dataset(tmp_path / "t.jsonl")
@@ -140,7 +140,7 @@ def test_compressed_files_are_read_and_a_truncated_one_is_rejected(tmp_path: Pat
         list(read_samples(DatasetReport(path)))
 
 
-def test_keys_that_a_row_of_a_table_lacks_are_missing_in_its_record(tmp_path: Path) -> None:
+def test_keys_that_are_null_in_a_table_row_are_missing_in_the_record(tmp_path: Path) -> None:
     call = {"function": {"name": "f", "arguments": {"x": 1}}}
     other = {"id": "i", "type": "function", "function": {"name": "g", "arguments": {"y": 2}}}
     rows = [

@@ -1,4 +1,4 @@
-"""Folders written by common tools: train is for training, validation for evaluation, and test is never used."""
+"""In a dataset folder, the split train is used for training, validation for evaluation, and test is never used."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The table of the backends' environments, and what is taken for an installed one; no environment is made."""
+"""The table of backend environments, and when an environment counts as installed. The tests install no environment."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, sage_home: Path) -> None:
 
 
 def pretend_installed(version: str = "1.0") -> Path:
-    """Make what looks like a complete environment, with the interpreter of the tests."""
+    """Create a folder that looks like a complete environment. Its interpreter is the interpreter of the tests."""
     folder = TOY.folder.with_name(f"toy-server-{version}")
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
@@ -39,7 +39,7 @@ def test_every_environment_states_its_sizes_and_pins_every_package() -> None:
         assert all("==" in pin for pin in pins if not pin.startswith("#"))
 
 
-def test_a_backend_without_an_environment_runs_in_sage_s_own() -> None:
+def test_a_backend_without_an_environment_runs_in_the_environment_of_sage() -> None:
     assert environments.environment("transformers") is None
     with pytest.raises(ConfigError, match="'transformers' has no separate environment") as caught:
         environments.chosen("transformers")
@@ -58,7 +58,7 @@ def test_an_environment_without_its_marker_is_not_installed() -> None:
     assert not TOY.is_installed
 
 
-def test_removing_deletes_all_versions_and_nothing_of_other_backends() -> None:
+def test_remove_deletes_all_versions_of_a_backend_and_no_other_backend() -> None:
     folders = [pretend_installed(), pretend_installed("0.9")]
     other = folders[0].with_name("other-2.0")
     other.mkdir()
@@ -69,7 +69,7 @@ def test_removing_deletes_all_versions_and_nothing_of_other_backends() -> None:
     assert not installation.remove(TOY, print)
 
 
-def test_what_an_interrupted_removal_left_is_deleted_and_an_installation_that_runs_is_not() -> None:
+def test_remains_of_a_removal_are_deleted_but_a_running_installation_is_not() -> None:
     left, installing = (TOY.folder.with_name(name) for name in ("toy-server-0.9", "other-2.0"))
     for folder in (left, installing):
         (folder / "bin").mkdir(parents=True)
@@ -83,7 +83,7 @@ def test_what_an_interrupted_removal_left_is_deleted_and_an_installation_that_ru
     assert not installing.exists()
 
 
-def test_an_outdated_environment_is_deleted_at_the_next_installation_after_its_last_process() -> None:
+def test_the_next_installation_deletes_an_outdated_environment_that_no_process_uses() -> None:
     pretend_installed()
     outdated = pretend_installed("0.9")
     assert not installation.install(TOY, print)

@@ -61,7 +61,7 @@ def test_a_run_file_is_read_and_its_errors_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
-def test_the_engine_config_has_exactly_the_fields_and_defaults_of_the_requirement() -> None:
+def test_the_fields_and_defaults_of_the_engine_config_are_fixed() -> None:
     expected = {
         "base_model": None, "dataset_path": None, "output_dir": None, "lora_rank": 8, "lora_alpha": 16,
         "learning_rate": 1e-4, "num_epochs": 3, "batch_size": 4, "max_seq_length": 512, "use_8bit": True,

@@ -1,4 +1,4 @@
-"""The command line finds a gateway in the background, and reports why it cannot."""
+"""The command line finds the gateway in the background, and reports why a gateway does not start or exit."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ def test_an_address_published_by_an_exited_gateway_is_not_used(changed: dict[str
 
 
 @pytest.mark.parametrize(("pid", "advice"), [(0, "fuser"), (4711, "kill -9 4711")])
-def test_a_gateway_that_does_not_exit_is_named_and_pid_0_is_never_killed(
+def test_the_error_names_a_gateway_that_does_not_exit_but_never_advises_to_kill_pid_0(
     pid: int, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck = SimpleNamespace(pid=pid, send_signal=lambda _: False)
@@ -50,7 +50,7 @@ def test_a_gateway_that_does_not_exit_is_named_and_pid_0_is_never_killed(
 
 
 @pytest.mark.parametrize("log", ["", "sage gateway: cannot write ", "another line\n"])
-def test_a_gateway_that_could_not_write_its_reason_on_a_full_disk_is_reported_with_it(
+def test_a_full_disk_is_reported_if_the_gateway_could_not_write_its_own_error(
     log: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon.log_path().parent.mkdir(parents=True)

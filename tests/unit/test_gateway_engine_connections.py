@@ -1,4 +1,4 @@
-"""The gateway's connections to servers: reused, and never trusted to be still open."""
+"""The gateway reuses its connections to servers, and replaces connections that a server has closed."""
 
 import asyncio
 import contextlib
@@ -21,12 +21,12 @@ OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway runs in this event loop too
 
 
 @contextlib.asynccontextmanager
 async def server(serve: Serve) -> AsyncIterator[str]:
-    """A server whose connections are handled by `serve`, which gets the connection's number; yields its address."""
+    """Run a server that calls `serve` with each connection and the connection's number. Yields the server's address."""
     connections = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -78,8 +78,8 @@ def test_a_thousand_requests_use_one_connection() -> None:
 
 
 @pytest.mark.parametrize("requests_first", [0, 1])
-def test_a_connection_that_the_server_closes_as_it_is_used_again_is_replaced(requests_first: int) -> None:
-    """With one request first, the server closes at the worst moment: after it has read the second."""
+def test_a_reused_connection_that_the_server_closes_is_replaced(requests_first: int) -> None:
+    """With `requests_first=1`, the server closes the connection after it has read the second request."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         await request(reader)
@@ -96,7 +96,7 @@ def test_a_connection_that_the_server_closes_as_it_is_used_again_is_replaced(req
     run(main())
 
 
-def test_a_request_that_ends_a_new_connection_is_not_sent_again() -> None:
+def test_a_request_is_not_sent_again_if_the_server_closes_a_new_connection() -> None:
     seen: list[int] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
@@ -164,7 +164,7 @@ def test_every_framing_of_an_answer_is_understood(answer: bytes, body: bytes, pi
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", OK[:-1], b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\no"])
-def test_an_answer_that_is_torn_or_no_http_is_an_error(answer: bytes) -> None:
+def test_an_answer_that_is_incomplete_or_not_http_is_an_error(answer: bytes) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         await request(reader)
         writer.write(answer)
@@ -177,7 +177,7 @@ def test_an_answer_that_is_torn_or_no_http_is_an_error(answer: bytes) -> None:
     run(main())
 
 
-def test_what_a_server_sends_unasked_is_no_answer_to_the_next_request() -> None:
+def test_data_that_a_server_sends_without_a_request_is_not_the_next_answer() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:
         await request(reader)
         writer.write(OK + b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nwrong")
@@ -192,7 +192,7 @@ def test_what_a_server_sends_unasked_is_no_answer_to_the_next_request() -> None:
     run(main())
 
 
-def test_a_connection_is_closed_before_the_server_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_connection_is_closed_before_the_server_closes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_connections, "_IDLE_SECONDS", 0.05)
     closed = asyncio.Event()
 
@@ -211,7 +211,7 @@ def test_a_connection_is_closed_before_the_server_closes_it(monkeypatch: pytest.
     run(main())
 
 
-def test_a_server_is_read_from_only_as_fast_as_its_answer_is_taken() -> None:
+def test_an_answer_is_read_from_the_server_only_as_fast_as_it_is_consumed() -> None:
     size_bytes, most_bytes = 16_000_000, 1_000_000
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int) -> None:

@@ -63,7 +63,7 @@ def test_an_empty_key_does_not_allow_requests_from_the_network(key: SecretStr | 
     assert refusal(request("GET", "/v1/models", settings={"api_key": key}, headers={"Host": "evil.example"}))[0] == 403
 
 
-def test_with_a_key_only_health_is_open() -> None:
+def test_if_a_key_is_set_only_health_can_be_read_without_it() -> None:
     with_key = {"api_key": SecretStr("sk-secret")}
     for path in ("/v1/models", "/metrics", "/ready", "/openapi.json", "/v1/management/engines"):
         assert refusal(request("GET", path, settings=with_key)) == (401, "invalid_api_key")
@@ -76,7 +76,7 @@ def test_with_a_key_only_health_is_open() -> None:
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8889", "127.0.0.1.evil.example", "[", ""])
-def test_a_page_with_a_foreign_host_name_is_rejected(host: str) -> None:
+def test_a_request_with_a_foreign_host_name_is_rejected(host: str) -> None:
     assert refusal(request("GET", "/v1/models", headers={"Host": host})) == (403, "host_not_allowed")
 
 
@@ -161,7 +161,7 @@ def test_an_empty_body_is_a_400() -> None:
     assert refusal(request("POST", START)) == (400, "config_invalid")
 
 
-def test_valid_text_and_nesting_are_accepted() -> None:
+def test_valid_unicode_and_allowed_nesting_are_accepted() -> None:
     emoji = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud83d\\ude00 \\\\ud83d"}]}'
     nested = b'{"model": "tiny", "x": ' + b"[" * 99 + b"]" * 99 + b"}"
     wide = json.dumps({"model": "tiny", "x": [[]] * 10_000}).encode()
@@ -238,7 +238,7 @@ def test_a_request_keeps_its_id_or_gets_a_new_one() -> None:
     assert request("GET", "/health", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req-")
 
 
-def test_the_log_names_requests_by_id_and_holds_neither_prompt_nor_line_breaks(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_has_request_ids_but_no_prompts_and_no_line_breaks_from_paths(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     request(
         "POST", CHAT, json={**ASK, "messages": [{"role": "user", "content": "my secret"}]}, headers={"x-request-id": "id-1"}
@@ -278,7 +278,7 @@ def test_a_lack_of_descriptors_is_a_503_with_retry_after(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("path", "model"), [(CHAT, ChatRequest), ("/v1/completions", CompletionRequest), ("/v1/embeddings", EmbeddingRequest)]
 )
-def test_the_document_names_the_fields_that_our_engines_know(path: str, model: type[BaseModel]) -> None:
+def test_the_openapi_document_lists_the_fields_that_our_engines_accept(path: str, model: type[BaseModel]) -> None:
     operation = request("GET", "/openapi.json").json()["paths"][path]["post"]
     body = operation["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == set(model.model_fields)

@@ -22,7 +22,7 @@ EVENT = b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\n'
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    uvloop.run(asyncio.wait_for(test, 60))  # the gateway's loop
+    uvloop.run(asyncio.wait_for(test, 60))  # the gateway runs in this event loop too
 
 
 async def stream_of(request: web.Request, *pieces: bytes, **headers: str) -> web.StreamResponse:
@@ -35,7 +35,7 @@ async def stream_of(request: web.Request, *pieces: bytes, **headers: str) -> web
 
 
 def cut(request: web.Request) -> None:
-    """Close the connection, as the exit of a killed process does."""
+    """Abort the connection, as if the process had been killed."""
     assert request.transport
     request.transport.abort()
 
@@ -55,7 +55,7 @@ def test_a_parameter_that_a_server_would_ignore_is_a_400_that_names_it() -> None
     run(main())
 
 
-def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
+def test_the_query_the_body_and_most_headers_reach_the_engine_unchanged() -> None:
     seen: dict[str, Any] = {}
 
     async def answer(request: web.Request) -> web.Response:
@@ -91,7 +91,9 @@ def test_query_headers_and_body_reach_the_engine_as_they_were_sent() -> None:
 
 @pytest.mark.parametrize("padding", ["", "long " * 300_000])
 @pytest.mark.parametrize("inner_name", ["sage-abc-1", "tiny", None])
-def test_a_server_gets_its_own_name_of_an_engine_and_the_client_the_public_one(padding: str, inner_name: str | None) -> None:
+def test_the_server_gets_its_own_model_name_and_the_client_gets_the_public_name(
+    padding: str, inner_name: str | None
+) -> None:
     seen: dict[str, Any] = {}
     asked = 'an "alias"'
 
@@ -103,7 +105,7 @@ def test_a_server_gets_its_own_name_of_an_engine_and_the_client_the_public_one(p
         if not seen["stream"]:
             return web.json_response({"choices": [choice], "model": seen["model"]})
         head, tail = json.dumps({"model": seen["model"], "choices": [choice]}).encode().split(b'"choices"')
-        stream = await stream_of(request, b"data: " + head)  # a torn line
+        stream = await stream_of(request, b"data: " + head)  # the first part of a line
         await stream.write(b'"choices"' + tail + b"\n\ndata: [DONE]\n\n")
         return stream
 
@@ -122,7 +124,7 @@ def test_a_server_gets_its_own_name_of_an_engine_and_the_client_the_public_one(p
     run(main())
 
 
-def test_a_body_is_forwarded_unchanged_if_the_names_are_equal() -> None:
+def test_a_body_is_forwarded_unchanged_if_the_server_uses_the_public_model_name() -> None:
     seen: list[bytes] = []
 
     async def answer(request: web.Request) -> web.Response:
@@ -188,7 +190,7 @@ def test_a_body_that_comes_in_chunks_after_a_100_continue_reaches_the_engine_who
     run(main())
 
 
-def test_a_client_that_leaves_while_its_engine_is_starting_is_no_longer_waited_for() -> None:
+def test_a_request_is_cancelled_if_its_client_disconnects_while_the_engine_is_starting() -> None:
     async def main() -> None:
         async with gateway() as client:
             waiting, ended = asyncio.Event(), asyncio.Event()
@@ -294,7 +296,7 @@ def test_an_engine_that_dies_before_it_answers_is_a_502_that_names_it() -> None:
             got = await client.post(CHAT, json=ASK)
             assert (got.status_code, got.json()["error"]["code"]) == (502, "engine_died")
             assert "engine-a" in got.json()["error"]["message"]
-        async with gateway(port) as client:  # nobody listens there any more
+        async with gateway(port) as client:  # no server listens on this port now
             got = await client.post(CHAT, json=ASK)
             assert (got.status_code, got.json()["error"]["code"]) == (502, "engine_died")
 
@@ -376,7 +378,7 @@ def test_a_hung_engine_causes_a_503_or_an_error_event(streams: bool) -> None:
     run(main())
 
 
-def test_a_stream_without_its_end_is_an_error_for_our_client() -> None:
+def test_our_client_raises_an_error_if_a_stream_is_incomplete() -> None:
     stream = ChatReader()
     assert stream.feed(b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n') == ["Hi"]
     assert stream.feed(b'\ndata: {"choices": []}\n') == []

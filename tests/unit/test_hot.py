@@ -1,4 +1,4 @@
-"""Which adapters a running base can load: decided from their files, without torch."""
+"""The files of an adapter show whether a running base can load the adapter. This check needs no torch."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ from sage.common.errors import ModelError
 from sage.libs.models.hot import why_not_hot
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
-#: What PEFT writes for plain LoRA, in part.
+#: Some of the fields that PEFT writes for plain LoRA.
 PLAIN = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "/base", "r": 4, "lora_alpha": 8,
     "target_modules": ["q_proj"], "bias": "none", "use_dora": False, "modules_to_save": None, "init_lora_weights": True,
@@ -49,7 +49,7 @@ def adapter_of(folder: Path, config: dict[str, Any], names: tuple[str, ...]) -> 
     ],
     ids=str,
 )
-def test_only_plain_lora_of_linear_layers_is_hot(
+def test_a_running_base_can_load_only_plain_lora_of_linear_layers(
     tmp_path: Path, config: dict[str, Any], names: tuple[str, ...], reason: str | None
 ) -> None:
     folder = adapter_of(tmp_path / "adapter", config, (f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight", *names))
@@ -57,7 +57,7 @@ def test_only_plain_lora_of_linear_layers_is_hot(
     assert found is None if reason is None else reason in str(found)
 
 
-def test_an_adapter_on_an_adapter_is_not_hot(tmp_path: Path) -> None:
+def test_a_running_base_cannot_load_an_adapter_that_was_trained_on_an_adapter(tmp_path: Path) -> None:
     base = adapter_of(tmp_path / "base", {}, ())
     assert "is an adapter" in str(why_not_hot(adapter_of(tmp_path / "adapter", {}, ()), base))
 

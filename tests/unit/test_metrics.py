@@ -56,7 +56,7 @@ def test_names_follow_the_rules_of_prometheus() -> None:
         assert metric.documentation.endswith(".")
 
 
-def test_transitions_are_counted_with_the_time_in_the_state_before() -> None:
+def test_transitions_are_counted_with_the_time_in_the_previous_state() -> None:
     counts, now = TransitionCounts(), datetime.now(UTC)
     for seconds in (10, 20):
         before = record(EngineState.QUEUED, state_at=now)

@@ -46,7 +46,7 @@ def planned(engine: EngineRecord, observed: Observed | None, watch: Watch = NEW,
 
 
 def outline(action: Action | None) -> object:
-    """Return an action in the short form of the tables: a state to write, a signal to send, or the class of the action."""
+    """Return the short form of an action for the tables: the state to write, the signal to send, or the action's class."""
     match action:
         case None:
             return None
@@ -111,7 +111,8 @@ def outline(action: Action | None) -> object:
         (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), LIVES, OLD, Signal.KILL),
         (of(S.STOPPING, desired=PAUSED, **IDLE_STOP), GONE, NEW, S.PAUSED),
         (of(S.STOPPING, desired=PAUSED, last_request_at=NOW, **IDLE_STOP), LIVES, NEW, DesiredState.RUNNING),
-        (of(S.STOPPING, **IDLE_STOP), LIVES, Watch(S.STOPPING, is_stop_sent=True), None),  # a request came too late
+        # A request came after the stop signal.
+        (of(S.STOPPING, **IDLE_STOP), LIVES, Watch(S.STOPPING, is_stop_sent=True), None),
         (of(S.STOPPING, **IDLE_STOP), GONE, NEW, S.PAUSED),
         (of(S.PAUSED, desired=PAUSED), None, NEW, None),
         (of(S.PAUSED, desired=PAUSED, last_request_at=NOW), None, NEW, DesiredState.RUNNING),
@@ -136,7 +137,7 @@ def test_the_next_action_follows_from_what_is_desired_and_what_is_observed(
         (Validation(is_done=False), STOPPED, S.STOPPED),
     ],
 )
-def test_an_engine_is_queued_when_it_is_valid_and_a_stop_does_not_wait_for_that(
+def test_an_engine_is_queued_after_its_validation_and_a_stop_does_not_wait_for_the_validation(
     validation: Validation | None, desired: DesiredState, expected: object
 ) -> None:
     validations = {"engine-a": validation} if validation else {}
@@ -157,7 +158,7 @@ def test_a_planned_server_without_a_recorded_launch_is_launched_whatever_was_obs
     [
         (RestartPolicy.NO, Watch(S.RUNNING, seen_alive=True), 0, GONE, None),
         (RestartPolicy.ON_FAILURE, Watch(S.RUNNING, seen_alive=True), 0, GONE, 1),
-        (RestartPolicy.ON_FAILURE, Watch(S.RUNNING), 0, GONE, None),  # found dead: a power cut
+        (RestartPolicy.ON_FAILURE, Watch(S.RUNNING), 0, GONE, None),  # it was dead when the gateway started
         (RestartPolicy.UNLESS_STOPPED, Watch(S.RUNNING), 0, GONE, 1),
         (RestartPolicy.UNLESS_STOPPED, Watch(S.RUNNING), 4, GONE, 5),
         (RestartPolicy.UNLESS_STOPPED, Watch(S.RUNNING), 5, GONE, None),
@@ -165,7 +166,7 @@ def test_a_planned_server_without_a_recorded_launch_is_launched_whatever_was_obs
         (RestartPolicy.UNLESS_STOPPED, Watch(S.RUNNING), 0, Observed(False, ended=S.FAILED, reason=DEAD), None),
     ],
 )
-def test_a_restart_follows_the_policy_and_never_a_failure_that_the_run_reported(
+def test_a_failed_engine_is_restarted_by_its_policy_unless_its_run_reported_the_failure(
     policy: RestartPolicy, watch: Watch, restarts: int, observed: Observed, expected: int | None
 ) -> None:
     action = planned(of(S.RUNNING, restart_policy=policy, restarts=restarts), observed, watch)
@@ -173,7 +174,7 @@ def test_a_restart_follows_the_policy_and_never_a_failure_that_the_run_reported(
     assert (action.state, action.restarts) == (S.FAILED, expected)
 
 
-def test_a_worker_that_exited_without_a_report_is_restarted_and_one_that_was_stopped_is_not() -> None:
+def test_a_worker_that_exited_without_a_report_is_restarted_unless_a_stop_was_requested() -> None:
     exited = Observed(alive=False, ended=S.FAILED, reason=Reason(code="worker_died", message="dead"))
     engine = of(S.RUNNING, restart_policy=RestartPolicy.ON_FAILURE, **FINETUNE)
     watch = Watch(S.RUNNING, seen_alive=True)
@@ -228,7 +229,7 @@ def test_an_engine_that_never_answers_fails_only_after_its_process_is_dead() -> 
     assert (action.state, action.reason.code) == (S.FAILED, "start_timeout")
 
 
-def test_a_run_that_was_killed_on_request_has_failed_with_that_reason() -> None:
+def test_a_run_that_was_killed_on_request_fails_with_the_reason_killed() -> None:
     died = Reason(code="worker_died", message="dead", hint="`resume` continues from checkpoint 5.")
     action = planned(of(S.STOPPING, **FORCE, **FINETUNE), Observed(alive=False, ended=S.FAILED, reason=died))
     assert isinstance(action, Transition)
@@ -236,7 +237,7 @@ def test_a_run_that_was_killed_on_request_has_failed_with_that_reason() -> None:
     assert (action.state, action.reason.code, action.reason.hint) == (S.FAILED, "killed", died.hint)
 
 
-def test_a_run_that_exited_with_a_checkpoint_before_its_pause_was_noticed_is_paused() -> None:
+def test_a_run_that_has_stopped_becomes_paused_if_a_pause_was_requested() -> None:
     for state in (S.STARTING, S.RUNNING, S.STOPPING):
         action = planned(of(state, desired=DesiredState.PAUSED, **FINETUNE), Observed(alive=False, ended=S.STOPPED))
         assert isinstance(action, Transition)
@@ -264,7 +265,7 @@ def test_a_run_that_exited_with_a_checkpoint_before_its_pause_was_noticed_is_pau
     watch=st.sampled_from([NEW, OLD, Watch(S.RUNNING, silent_seconds=99)]),
     server_state=st.sampled_from(ServerState),
 )
-def test_no_plan_has_an_illegal_transition_or_settles_an_engine_that_may_have_a_process(
+def test_no_plan_has_an_illegal_transition_or_ends_an_engine_whose_process_may_exist(
     state: EngineState,
     desired: DesiredState,
     force: bool,
@@ -295,4 +296,4 @@ def test_the_cost_of_a_plan_grows_linearly_with_the_number_of_engines() -> None:
             sys.setprofile(None)
         return next(counted)
 
-    assert calls(8000) < 8.1 * calls(1000)  # quadratic would be 64 times
+    assert calls(8000) < 8.1 * calls(1000)  # with a quadratic cost, the factor would be 64

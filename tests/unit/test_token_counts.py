@@ -1,4 +1,4 @@
-"""Numbers of tokens from the metrics of real HTTP servers on loopback."""
+"""Token counts are read from the metrics of real HTTP servers on loopback."""
 
 import asyncio
 
@@ -18,7 +18,7 @@ llamacpp:tokens_predicted_total 34
 """
 
 
-def test_the_counters_of_a_server_are_read_with_its_key_and_engines_that_do_not_answer_are_missing() -> None:
+def test_token_counts_are_read_with_the_server_s_key_from_engines_that_answer() -> None:
     async def answer(request: web.Request) -> web.Response:
         is_allowed = request.headers["Authorization"] == f"Bearer {server_key('engine-0123456789')}"
         return web.Response(text=METRICS) if is_allowed else web.Response(status=401)

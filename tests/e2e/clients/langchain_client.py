@@ -1,4 +1,4 @@
-"""What LangChain's ChatOpenAI and OpenAIEmbeddings get; prints it as JSON."""
+"""Send requests with LangChain's ChatOpenAI and OpenAIEmbeddings, and print the answers as JSON."""
 
 import functools
 import json
