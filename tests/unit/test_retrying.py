@@ -1,11 +1,21 @@
 """How a run that is out of memory continues with smaller micro-batches."""
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from sage.libs.finetune.config import FinetuneConfig
-from sage.libs.finetune.run.retrying import micro_batch_size, next_saving, restarts_when_out_of_memory
+from sage.libs.finetune.run.retrying import (
+    micro_batch_size,
+    next_saving,
+    restart_with_less_memory,
+    restarts_when_out_of_memory,
+)
+from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 from sage.libs.finetune.run.status import RunStatus, fold
 
 
@@ -44,3 +54,20 @@ def test_only_runs_with_trl_s_methods_or_several_processes_restart_the_worker() 
     assert not restarts_when_out_of_memory(config())
     assert restarts_when_out_of_memory(config(num_processes=2))
     assert restarts_when_out_of_memory(config(method="dpo"))
+
+
+def test_a_worker_whose_stop_was_requested_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SIGTERM at any moment either prevents the replacement, or waits until the new worker handles the signal."""
+    replace = Mock()
+    monkeypatch.setattr(os, "execv", replace)
+    run = RunDirectory(tmp_path)
+    run.create(RunSpec("task-a", config(method="dpo", batch_size=4), "0" * 64, "2026-01-01T00:00:00+00:00"))
+    try:
+        restart_with_less_memory(run, lambda: True)
+        assert not replace.called
+        assert list(run.read_events()) == []
+        restart_with_less_memory(run, lambda: False)
+        assert replace.called
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

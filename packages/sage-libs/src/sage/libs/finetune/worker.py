@@ -70,9 +70,9 @@ def main(argv: list[str]) -> int:
         with contextlib.suppress(OSError):  # the summary is optional: it only makes reading the status faster
             write_summary(run)
     except Exception as error:  # noqa: BLE001 - any exception ends the run and is reported
-        if is_out_of_memory(error) and not stop.requested:
+        if is_out_of_memory(error):
             logger.info("%s", first_line(error))
-            restart_with_less_memory(run)
+            restart_with_less_memory(run, lambda: stop.requested)
         _fail(run, error)
         return 1
     return 0

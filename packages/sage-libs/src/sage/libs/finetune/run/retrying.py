@@ -6,6 +6,7 @@ Only runs that use TRL and runs with several processes are restarted. Other runs
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from sage.common.training import LaunchedEvent, WarningEvent
 from sage.libs.finetune.config import FinetuneConfig
@@ -51,16 +52,19 @@ def next_saving(config: FinetuneConfig, status: RunStatus) -> WarningEvent | Non
     return None
 
 
-def restart_with_less_memory(run: RunDirectory) -> None:
-    """Replace this process by a new worker that saves memory. Returns only if the run cannot save more memory.
+def restart_with_less_memory(run: RunDirectory, is_stop_requested: Callable[[], bool]) -> None:
+    """Replace this process by a new worker that saves memory.
 
-    The new worker keeps the process id and the run's lock, and continues from the last checkpoint.
+    The new worker keeps the process id and the run's lock, and continues from the last checkpoint. The function returns only
+    if the run cannot save more memory, or if a stop was requested.
     """
     config = run.read_spec().config
     saving = next_saving(config, read_status(run)) if restarts_when_out_of_memory(config) else None
     if saving is None:
         return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the new worker has installed its signal handlers
+    if is_stop_requested():
+        return
     run.append_event(saving)
     run.append_event(LaunchedEvent())
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the new worker has installed its signal handlers
     os.execv(sys.executable, [sys.executable, "-m", "sage.libs.finetune.worker", str(run.path)])

@@ -24,6 +24,7 @@ from sage.common.errors import ConfigError
 from sage.common.training import FailedEvent
 from sage.libs.finetune.run.retrying import OUT_OF_MEMORY_EXIT, restart_with_less_memory
 from sage.libs.finetune.run.rundir import RANK_VARIABLE, RunDirectory
+from sage.libs.finetune.training.stopping import StopRequest
 
 #: Timeout of messages. It is long, because the other processes wait while the main process tokenizes or evaluates.
 _PATIENCE = timedelta(days=30)
@@ -33,11 +34,11 @@ _LOOK_SECONDS = 0.5
 class Team:
     """Communication between the processes of a run. If the run has only one process, no messages are sent."""
 
-    def __init__(self, run: RunDirectory, size: int) -> None:
+    def __init__(self, run: RunDirectory, size: int, stop: StopRequest) -> None:
         """Start the other processes if this is the main process; raises ConfigError if there are too few GPUs."""
         self.rank, self.size = int(os.environ.get(RANK_VARIABLE, "0")), size
         self._checking = threading.Lock()
-        self._run, self._others, self._control = run, list[subprocess.Popen[bytes]](), None
+        self._run, self._stop, self._others, self._control = run, stop, list[subprocess.Popen[bytes]](), None
         if torch.cuda.is_available() and size > torch.cuda.device_count():
             raise ConfigError(
                 code="too_few_gpus",
@@ -120,7 +121,7 @@ class Team:
     def _others_failed(self, code: int) -> NoReturn:
         self.close()
         if code == OUT_OF_MEMORY_EXIT:
-            restart_with_less_memory(self._run)
+            restart_with_less_memory(self._run, lambda: self._stop.requested)
             message = f"Out of memory: one of the run's {self.size} processes could not allocate memory."
             hint = "Start a new run with a smaller --batch-size or --max-seq-length."
             self._run.append_event(FailedEvent(code="out_of_memory", message=message, hint=hint))

@@ -55,7 +55,7 @@ class TrainingRun:
         self.run, self.stop = run, stop
         self.spec = run.read_spec()
         self.config = config = self.spec.config
-        self.team = Team(run, config.num_processes)
+        self.team = Team(run, config.num_processes, stop)
         limit_gpu_memory()
         self.report = Reporter(run, stop, None if config.allow_warnings else config.base_model)
         self.base = open_base(config.base_model, self.report)
