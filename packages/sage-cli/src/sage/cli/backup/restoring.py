@@ -43,7 +43,7 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
     new = {"config": paths.config_dir, "state": paths.state_dir, "data": paths.data_dir, "cache": paths.cache_dir}
     moves = Moves.of({Path(manifest.folders[name]): folder for name, folder in new.items()})
     found = {name: moves.path(Path(folder)) for name, folder in manifest.outputs.items()} if outputs else {}
-    # Output folders inside the folder of the run directories are restored together with that folder.
+    # Output folders inside `finetuned_dir` are restored together with `finetuned_dir`.
     inside = {name: folder for name, folder in found.items() if folder.is_relative_to(paths.finetuned_dir)}
     skipped = {name: folder for name, folder in found.items() if name not in inside and _has_entries(folder)}
     written = {name: folder for name, folder in found.items() if name not in inside and name not in skipped}

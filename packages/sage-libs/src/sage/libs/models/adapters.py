@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
     """Attach the adapter in a folder to a base model. If the adapter was trained on another base model, log a warning.
 
-    Raises ModelError if the adapter does not fit the base model, for example because a weight is missing. If `is_trainable`
-    is False, also raises ModelError if a weight is not finite.
+    Raises ModelError if the adapter does not fit the base model, for example because a weight is missing. ModelError
+    is also raised if `is_trainable` is False and a weight is not finite.
     """
     _warn_of_another_base(base, folder)
     try:

@@ -108,7 +108,7 @@ class Refuse:
     """The engine cannot start."""
 
     cause: Cause
-    free_bytes: int = 0  #: for `TOO_LARGE`: usable memory of the largest allowed device; else as in `Wait`
+    free_bytes: int = 0  #: `TOO_LARGE`: usable memory of the largest allowed device; `MEMORY`: as in `Wait`; `NO_DEVICE`: 0
 
 
 Decision = Start | MakeRoom | Wait | Refuse
@@ -148,7 +148,10 @@ class _Device:
 
 
 def admit(devices: Sequence[DeviceMemory], holders: Sequence[Holder], waiting: Sequence[Claim]) -> dict[str, Decision]:
-    """Return a decision for each waiting engine. Keys: engine ids.  waiting: the engines in the order of the queue."""
+    """Return a decision for each waiting engine. Keys: engine ids.
+
+    waiting: the engines in the order of the queue.
+    """
     state = _State(devices, holders)
     queue = sorted(enumerate(waiting, start=1), key=lambda entry: not entry[1].has_room)
     return {claim.engine_id: state.decide(position, claim) for position, claim in queue}
@@ -221,7 +224,7 @@ class _State:
         self._has_reservation = bool(keys)
 
     def _make_room(self, claim: Claim, allowed: Mapping[str, _Device]) -> MakeRoom | None:
-        """Choose and reserve the devices on which the fewest engines must be paused."""
+        """Choose and reserve the devices on which the fewest servers must be paused or ended."""
         options = []
         for key, device in allowed.items():
             paused = _to_pause(claim, device)

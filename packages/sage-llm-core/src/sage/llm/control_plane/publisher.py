@@ -39,13 +39,14 @@ class Publisher:
     ) -> None:
         self._store, self._pool, self._executors = store, pool, executors
         self._routing, self._write = routing, write
-        self._failing: dict[str, float] = {}  #: by run id: time.monotonic() of the first failure to publish the result
+        #: key: run id; value: time.monotonic() of the first failure to publish the result
+        self._failing: dict[str, float] = {}
 
     async def publish(self, run: EngineRecord, step: int | None) -> None:
         """Serve a version of a run: the checkpoint of `step`, or the result if `step` is None.
 
-        If this method raises StaleWrite or OSError, the caller must call it again. If the result still cannot be served
-        a minute after the first OSError, the method logs a warning instead, so that the run can end.
+        If this method raises StaleWrite or OSError, the caller must call this method again. If the result still cannot be
+        served a minute after the first OSError, this method logs a warning and returns, so that the run can end.
         """
         serve = ServedRun.of(run)
         assert serve
@@ -105,7 +106,7 @@ class Publisher:
         engine = await asyncio.to_thread(like_its_base, engine, servers, {})
         placed = await asyncio.to_thread(placement, engine)
         if step is not None and placed["adapter"] is None:
-            message = f"The run's checkpoints cannot be loaded as adapters. They could only be served as: {placed['form']}."
+            message = f"The run's checkpoints cannot be loaded as adapters. The only possible form is: {placed['form']}."
             raise ModelError(code="adapter_unfit", message=message)
         noted = serve.published(step, engine.id).model_dump()
         added = await self._write(self._store.add, engine, notes=(run, {"serve": noted}), replaces=replaced)

@@ -1,8 +1,8 @@
 """Combine linear layers that have the same input into one larger layer. Their LoRA adapters become one larger adapter.
 
 The adapter parameters are read from PEFT's modules at every call, and receive gradients. The frozen weights receive no
-gradients.
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + alpha / rank * B A x.
+gradients. In shapes, `outputs` is the sum of the layers' out_features, and `ranks` is the sum of the adapters' ranks.
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": y = W x + (alpha / rank) B A x.
 """
 
 from collections.abc import Iterator, Sequence
@@ -112,8 +112,9 @@ class Projections:
         return StackedAdapters(adapters, lora_a, lora_b)
 
     def forward(self, inputs: Tensor, stacked: StackedAdapters | None) -> tuple[Tensor, Tensor | None]:
-        """Return the outputs W x + bias + B A x of shape (tokens, outputs), and the products A x of shape (tokens, ranks).
+        """Return the outputs W x + bias + B A x, of shape (tokens, outputs), and the products A x, of shape (tokens, ranks).
 
+        A and B are the matrices in `stacked`. If `stacked` is None, the outputs are W x + bias, and the products are None.
         inputs: shape (tokens, in_features). The outputs have the dtype of the weights.
         """
         inputs = inputs.to(self.compute_dtype)
@@ -204,7 +205,10 @@ def project(inputs: Tensor, projections: Projections) -> Tensor:
 
 
 def is_fusible(layer: nn.Module) -> bool:
-    """Return whether a layer is a frozen linear layer, either plain or with standard LoRA adapters (no dropout, no bias)."""
+    """Return whether a layer is a frozen linear layer, either plain or with standard LoRA adapters.
+
+    A standard LoRA adapter has no dropout and no bias.
+    """
     if isinstance(layer, LoraLinear):
         is_plain = not layer.lora_variant and not layer.merged and not any(layer.lora_bias.values())
         has_no_dropout = all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())

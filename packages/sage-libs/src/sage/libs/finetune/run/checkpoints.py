@@ -140,7 +140,10 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest intact checkpoint or None, and the problems of newer checkpoints. Rename damaged checkpoints."""
+    """Find the newest intact checkpoint, and rename the damaged checkpoints that are newer.
+
+    Returns the intact checkpoint, or None, and the problems of the damaged checkpoints.
+    """
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):
         if problem := _problem(checkpoint):

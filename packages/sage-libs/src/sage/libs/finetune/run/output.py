@@ -94,7 +94,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _check_free(output: Path, owner: dict[str, Any]) -> None:
     if not os.access(output, os.W_OK | os.X_OK):
         raise _refused(output, "cannot be written: Permission denied")
-    own = (RUN_FILE, f".{RUN_FILE}.partial")  # names of incomplete files begin with the second text
+    own = (RUN_FILE, f".{RUN_FILE}.partial")  # names of incomplete run files begin with `.sage_run.json.partial`
     others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(own))
     if owner and any((output / name).exists() for name in ("adapter_config.json", "config.json")):
         raise _refused(output, f"contains the result of {owner.get('task_id')}")

@@ -63,7 +63,7 @@ class RunStatus:
     halvings: int = 0  #: how many times each micro-batch is cut in half to save memory
     activation_checkpointing: bool = False  #: whether activations are recomputed to save memory
     is_loaded: bool = False  #: whether the last process has loaded the data and the model
-    change_revision: int = 0  #: sequence number of the newest change of options in the events
+    change_revision: int = 0  #: sequence number of the newest change of the run's options; 0: no change
     changes: tuple[str, ...] = ()  #: changes of options, as text for users
     forked_from: str | None = None  #: id of the run whose checkpoint this run continues from
     forked_at_step: int | None = None

@@ -44,8 +44,9 @@ class LlamaCppOptions(ServingOptions):
         "auto", description="Data type of the weights; auto: the type of the GGUF file, or fp32 for other models."
     )
     context_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit, but at most 8192."
-    )
+        None, ge=16, description="Maximum number of tokens of a prompt plus its answer; default: the model's limit, "
+        "but at most 8192.",
+    )  # fmt: skip
     slots: int = Field(16, ge=1, le=256, description="Maximum number of answers that are generated at the same time.")
     kv_cache_tokens: int | None = Field(
         None, ge=16, description="Size of the key/value cache that all slots share, in tokens; default: 512 for each slot, "
