@@ -97,7 +97,10 @@ class Publisher:
     async def _start(
         self, run: EngineRecord, serve: ServedRun, model: str, step: int | None, replaced: EngineRecord | None
     ) -> None:
-        """Create an engine that serves the run. In the same transaction, request that the engine `replaced` stops."""
+        """Create an engine that serves the run.
+
+        replaced: engine that serves an earlier version, or None. The same transaction requests the stop of this engine.
+        """
         engine_id = f"engine-{random_suffix()}"
         request = StartRequest(model=model, name=serve.name, idle_stop_minutes=run.idle_stop_minutes)
         prepared = await self._executors[EngineKind.LLM].prepare(engine_id, request)

@@ -103,7 +103,7 @@ class Runner:
         self._troubles: dict[str, _Trouble] = {}
 
     def run(self, action: Action, observed: Observed | None, server: ServerRecord | None) -> None:
-        """Start an action, unless an action of the same engine is running, or the next attempt must wait after a failure.
+        """Start an action, unless another action of the engine is running, or the waiting time after a failure is not over.
 
         A validation can run at the same time as another action. If the engine must be killed, a running load or unload of
         the engine's adapter is cancelled.

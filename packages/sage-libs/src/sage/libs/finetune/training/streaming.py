@@ -29,7 +29,7 @@ class StreamedPacks(IterableDataset[Pack]):
     ) -> None:  # fmt: skip
         """pack_tokens: maximum number of tokens of a pack; None: one sample per pack.
 
-        report: function that is called with all findings so far and the first path. If the function raises an exception, the
+        report: function that is called with all findings so far and `paths[0]`. If the function raises an exception, the
         run ends.
         """
         self._paths, self._new_encoder, self._pack_tokens, self._seed = paths, new_encoder, pack_tokens, seed
