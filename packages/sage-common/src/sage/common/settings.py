@@ -30,7 +30,7 @@ _WEBHOOK_KEY_BYTES = (24, 64)
 
 
 class Settings(BaseSettings):
-    """All settings: `SAGE_<NAME>` in the environment or `<name>` in `config.toml`; an empty value means unset."""
+    """All settings. Set them as `SAGE_<NAME>` in the environment or `<name>` in `config.toml`. Empty values are ignored."""
 
     model_config = SettingsConfigDict(env_prefix="SAGE_", env_ignore_empty=True, extra="forbid", frozen=True)
 

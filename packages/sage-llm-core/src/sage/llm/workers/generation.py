@@ -62,7 +62,10 @@ class Engine:
         served_name: str | None,
         cache_tokens: int | None = None,
     ) -> None:
-        """slots: maximum number of answers in progress.  served_name: name of the base model. None: any name is accepted."""
+        """slots: maximum number of answers in progress.
+
+        served_name: the base model's name in requests. None: any name is accepted.
+        """
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._slots = slots if generator.is_batching else 1
         self._cache_tokens = cache_tokens
