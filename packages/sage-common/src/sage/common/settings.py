@@ -55,8 +55,8 @@ class Settings(BaseSettings):
     )
     restart_policy: Literal["no", "on-failure", "unless-stopped"] | None = Field(
         None,
-        description="When to restart engines. no: never. on-failure: if they fail. unless-stopped: also after a reboot. "
-        "Default: `unless-stopped` for training runs, `no` for other engines.",
+        description="When to restart engines. no: never. on-failure: after a failure. unless-stopped: after a failure or "
+        "a reboot. Default: `unless-stopped` for training runs, `no` for other engines.",
     )
     on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
         "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."

@@ -41,7 +41,8 @@ class BatchOptions(ServingOptions):
     kv_cache_tokens: int | None = Field(
         None,
         ge=16,
-        description="Maximum tokens of all prompts and answers in progress. Further answers wait. Default: no limit.",
+        description="Maximum total number of tokens of all prompts and answers in progress. Further answers wait. "
+        "Default: no limit.",
     )
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
