@@ -186,7 +186,7 @@ def _block_backward(
 
 
 def _weights(query: Tensor, key: Tensor, rows: slice, seen: slice, shape: AttentionShape) -> Tensor:
-    """Return the attention weights of a block of queries; shape (num_kv_heads, groups * queries, keys)."""
+    """Return the attention weights of a block of queries, (num_kv_heads, groups * queries, keys)."""
     block = query[:, :, rows].reshape(shape.num_kv_heads, -1, shape.head_dim)
     scores = torch.baddbmm(block.new_empty(1), block, key[:, seen].mT, beta=0, alpha=shape.scaling)
     count = rows.stop - rows.start
