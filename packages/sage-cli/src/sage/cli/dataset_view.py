@@ -14,7 +14,7 @@ from sage.libs.finetune.data.linting import DatasetReport
 from sage.libs.finetune.data.samples import Sample
 from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 
-#: For trained, untrained and cut text: the style, and the brackets that replace colours on a terminal without colours.
+#: Keys: kinds of text. Values: the style, and the opening and closing brackets for a terminal without colours.
 _LOOKS = {"trained": ("bold green", "⟦", "⟧"), "untrained": ("", "", ""), "cut": ("red strike", "⟨cut: ", "⟩")}
 _SPECIAL_STYLE = "reverse"
 

@@ -99,9 +99,10 @@ def admission_request(
 
 
 def start_time(text: str, now: datetime) -> datetime:
-    """Parse HH:MM (the next time at which the clock shows HH:MM) or an ISO 8601 date and time. Raises ConfigError.
+    """Parse HH:MM or an ISO 8601 date and time. HH:MM means the next time at which the clock shows HH:MM.
 
     now: the current time with a time zone. This time zone applies if the text has no time zone.
+    Raises ConfigError if the text is in neither format.
     """
     try:
         if len(text) <= len("22:00"):

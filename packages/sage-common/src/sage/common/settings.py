@@ -30,7 +30,7 @@ _WEBHOOK_KEY_BYTES = (24, 64)
 
 
 class Settings(BaseSettings):
-    """All settings: `SAGE_<NAME>` in the environment or `<name>` in `config.toml`; an empty value means unset."""
+    """All settings. Set them as `SAGE_<NAME>` in the environment or `<name>` in `config.toml`. Empty values are ignored."""
 
     model_config = SettingsConfigDict(env_prefix="SAGE_", env_ignore_empty=True, extra="forbid", frozen=True)
 
@@ -55,8 +55,8 @@ class Settings(BaseSettings):
     )
     restart_policy: Literal["no", "on-failure", "unless-stopped"] | None = Field(
         None,
-        description="When to restart engines. no: never. on-failure: if they fail. unless-stopped: also after a reboot. "
-        "Default: `unless-stopped` for training runs, `no` for other engines.",
+        description="When to restart engines. no: never. on-failure: after a failure. unless-stopped: after a failure or "
+        "a reboot. Default: `unless-stopped` for training runs, `no` for other engines.",
     )
     on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
         "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."

@@ -128,7 +128,7 @@ class FinetuneConfig(BaseModel):
         True, description="Quantize the base model to 8 bits; on a CPU, only if a measurement shows that training is faster."
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
-        None, description="Quantization of the frozen base model, if bitsandbytes supports the device; overrides use_8bit."
+        None, description="Quantization of the frozen base model with bitsandbytes, on any device; overrides use_8bit."
     )
     seed: int = Field(42, ge=0, lt=2**32, description="Random seed for the adapter, the order of the data, and dropout.")
     report_to: list[Tracker] | None = Field(

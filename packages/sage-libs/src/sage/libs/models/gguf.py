@@ -16,7 +16,10 @@ _STRING, _ARRAY = 8, 9
 
 
 def gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return the metadata without arrays, and the shape of each tensor: (rows, columns) for a matrix. Raises ModelError."""
+    """Return the metadata without arrays, and the shape of each tensor: (rows, columns) for a matrix.
+
+    Raises ModelError if the file cannot be read or is not a complete GGUF file.
+    """
     try:
         with path.open("rb") as file:
             if file.read(4) != _MAGIC:

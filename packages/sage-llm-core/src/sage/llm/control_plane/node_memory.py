@@ -17,7 +17,7 @@ class NodeMemory:
     """The last measurement of the devices' memory."""
 
     def __init__(self, measure: Callable[[Mapping[str, int]], Sequence[DeviceMemory]]) -> None:
-        """measure: blocking function that returns the devices. Its argument is the same as the argument `pids` of `look`."""
+        """measure: blocking function that returns the memory of the devices. Its argument maps server ids to PIDs."""
         self._measure = measure
         self._devices: Sequence[DeviceMemory] | None = None
         self._measured_at_seconds = 0.0

@@ -62,7 +62,10 @@ class Engine:
         served_name: str | None,
         cache_tokens: int | None = None,
     ) -> None:
-        """slots: maximum number of answers in progress.  served_name: name of the base model. None: any name is accepted."""
+        """slots: maximum number of answers in progress.
+
+        served_name: the base model's name in requests. None: any name is accepted.
+        """
         self._generator, self._default_max_tokens = generator, default_max_tokens
         self._slots = slots if generator.is_batching else 1
         self._cache_tokens = cache_tokens
@@ -280,7 +283,7 @@ def main() -> None:
     options.add_argument("--max-tokens", type=int, default=1024, help="Default maximum number of tokens of an answer.")
     options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens. Default: the model's limit.")
-    options.add_argument("--cache-tokens", type=int, help="Maximum tokens of all prompts and answers in progress.")
+    options.add_argument("--cache-tokens", type=int, help="Maximum total tokens of all prompts and answers in progress.")
     options.add_argument("--served-name", help="The model's name in requests. Default: any name is accepted.")
     given = options.parse_args()
     build_it = partial(

@@ -21,7 +21,10 @@ _SAMPLING = {"temperature": ("temp", 1.0), "top_p": ("top_p", 1.0), "top_k": ("t
 
 
 def server_options(given: argparse.Namespace) -> dict[str, Any]:
-    """Create the GGUF file if it does not exist, and return the options of `llamacpp_server`. Raises SageError."""
+    """Create the GGUF file if it does not exist, and return the options of `llamacpp_server`.
+
+    Raises SageError if the model is not found or cannot be converted.
+    """
     source = resolve_model(given.model)
     if source.kind is ModelKind.GGUF and given.precision is None:
         file, defaults = next(source.folder.glob("*.gguf")), dict[str, Any]()

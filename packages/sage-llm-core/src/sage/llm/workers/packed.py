@@ -15,9 +15,10 @@ from transformers import AttentionInterface
 
 from sage.llm.workers.adapters import Adapter, Adapters
 
-#: Name of the function `_attention` in transformers.
+#: Name under which `_attention` is registered in transformers.
 ATTENTION = "sage_serving_packed"
-#: Usual capacity of a cache after its first allocation, in tokens.
+#: Capacity of a cache after its first allocation, in tokens. The capacity is smaller if the limit of the cache is smaller,
+#: and larger if the first pass has more tokens.
 _FIRST_ROOM_TOKENS = 256
 #: Maximum number of prompt tokens in a pass. The number is small on a CPU, where a large pass would delay all answers.
 _PROMPT_TOKENS = {"cpu": 128, "cuda": 2048}
@@ -74,7 +75,7 @@ class _Pass:
         self._lengths = [len(part.tokens) for part in parts]
         self._places: list[tuple[Any, Any, Any, Any]] = []  #: for each part: new keys, new values, all keys, all values
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        self.windows: dict[int, int | None] = {}  #: size of the sliding window, by layer index; None: no window
+        self.windows: dict[int, int | None] = {}  #: keys: layer indices; values: sizes of sliding windows (None: no window)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
         """Store keys and values, and return the output of attention, (1, tokens, heads, head_dim).
@@ -128,7 +129,7 @@ class _Pass:
         return output.reshape(heads, tokens, -1).transpose(0, 1)
 
     def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return the mask that is added to the attention scores, (tokens, length), or None if no mask is needed."""
+        """Return the mask to add to the attention scores, (tokens, length), or None if a plain causal mask is enough."""
         if tokens == length and (window is None or window >= length):
             return None
         if (at, window) not in self._masks:

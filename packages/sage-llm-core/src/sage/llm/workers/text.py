@@ -72,7 +72,10 @@ class StopStrings:
         self.is_met = False
 
     def push(self, text: str) -> str:
-        """Add text, and return the part that cannot belong to a stop string. Return "" after a stop string."""
+        """Add text to the delayed text, and return the part that cannot belong to a stop string.
+
+        After a stop string, the result is "".
+        """
         if self.is_met:
             return ""
         self._held += text

@@ -21,7 +21,8 @@ def serving_folder(source: ModelSource) -> Path:
     """Return a folder in `cache_dir/vllm` from which vLLM can serve a model. Create the folder if it does not exist.
 
     The folder contains the chat template and the end tokens that SAGE's own server also uses. An adapter is merged into
-    its base model. For other models, the weight files are symbolic links. Raises SageError.
+    its base model. For other models, the weight files are symbolic links.
+    Raises SageError if the folder cannot be created.
     """
     from sage.libs.models.conversion import with_downloads
     from sage.libs.models.export.weights import write_dense

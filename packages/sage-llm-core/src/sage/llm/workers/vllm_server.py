@@ -6,7 +6,7 @@ This script runs in vLLM's environment, where SAGE is not installed. The server 
 - Unknown parameters are rejected with status 400 (vLLM's own server ignores them).
 - Error codes are words, as in OpenAI's API.
 - An adapter is rejected if its tokenizer or chat template differs from the base model's.
-- `/health` returns the value of SAGE_ENGINE_ID, the limits of the server, and how many tokens each model has processed.
+- `/health` returns the value of SAGE_ENGINE_ID, the context length, the number of slots, and the token counts of each model.
 - `/sleep`, `/wake_up` and `/is_sleeping` work as in vLLM's development mode, and need the server's key. Other routes of the
   development mode are not available: through them, clients could call any method of vLLM.
 """

@@ -43,7 +43,7 @@ def out_of_descriptors(error: BaseException) -> Overloaded | None:
 
 
 def install(app: FastAPI) -> None:
-    """Make an application report expected errors in OpenAI's format. `Gate` reports unexpected exceptions."""
+    """Add handlers that report expected errors in OpenAI's format. `Gate` reports unexpected exceptions."""
 
     @app.exception_handler(SageError)
     async def expected(_: Request, error: SageError) -> JSONResponse:

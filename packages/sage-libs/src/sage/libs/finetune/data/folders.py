@@ -20,7 +20,8 @@ Split = Literal["train", "validation"]
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
 #: If the path of a file contains one of these words, the file belongs to the word's split. If the path contains words of
-#: several splits, the first of these splits is used. `test` is the first split, so test data is never used for training.
+#: several splits, the file belongs to the first of these splits in the order below. `test` comes first, so test data is
+#: never used for training.
 _SPLIT_WORDS = {
     "test": {"test", "testing"},
     "validation": {"validation", "valid", "val", "dev", "eval", "evaluation"},
@@ -167,7 +168,7 @@ def _saved_splits(folder: Path, split: Split) -> Selection:
 
 
 def _configured(folder: Path) -> list[tuple[str, Path]]:
-    """Return the split and the path of each file that README.md lists in `configs`, or [] if there is no such list."""
+    """Return the split and path of each file in the default config of README.md, or [] if README.md lists no data files."""
     named = _card(folder).get("configs")
     configs = (
         [config for config in named if isinstance(config, dict) and "data_files" in config]

@@ -24,7 +24,10 @@ _LENGTH_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Shape and options of attention. The columns of a fused projection are all queries, then all keys, then all values."""
+    """Shape and options of attention.
+
+    A fused projection contains the columns of all query heads, then of all key heads, then of all value heads.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -83,7 +86,7 @@ def packed_attention(
     """Return the attention outputs, (tokens, num_heads * head_dim), for fused queries, keys and values.
 
     projected: (tokens, (num_heads + 2 * num_kv_heads) * head_dim).
-    rotary: cosines and sines, (tokens, head_dim), to rotate queries and keys; None: queries and keys are rotated already.
+    rotary: cosines and sines of the rotation angles, each (tokens, head_dim). None: queries and keys are already rotated.
     cu_seqlens: index of the first token of each sample, followed by the total number of tokens of the samples.
     """
     if projected.is_cuda and (shape.window is None or max(map(operator.sub, cu_seqlens[1:], cu_seqlens)) <= shape.window):
@@ -153,7 +156,7 @@ def _sample_backward(
     """Return the gradients of the query, key and value of one sample, in the shapes of these tensors.
 
     grad: (num_kv_heads, groups, tokens, head_dim), without padding.
-    probabilities: the attention weights if the forward pass saved them; None: they are recomputed block by block.
+    probabilities: the attention weights that the forward pass saved. None: the weights are recomputed block by block.
     """
     filled = torch.zeros_like(query)
     filled[:, :, : grad.shape[2]] = grad
@@ -175,7 +178,7 @@ def _sample_backward(
 def _block_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, shape: AttentionShape
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value for one block; query: (num_kv_heads, groups * queries, head_dim)."""
+    """Return the gradients of query, key and value for one block.  query: (num_kv_heads, groups * queries, head_dim)."""
     grad_weights = torch.bmm(grad, value.mT)
     scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)  # noqa: SLF001 - has no public name
     scores.mul_(shape.scaling)
@@ -183,7 +186,7 @@ def _block_backward(
 
 
 def _weights(query: Tensor, key: Tensor, rows: slice, seen: slice, shape: AttentionShape) -> Tensor:
-    """Return the attention weights of a block of queries; shape (num_kv_heads, groups * queries, keys)."""
+    """Return the attention weights of a block of queries, (num_kv_heads, groups * queries, keys)."""
     block = query[:, :, rows].reshape(shape.num_kv_heads, -1, shape.head_dim)
     scores = torch.baddbmm(block.new_empty(1), block, key[:, seen].mT, beta=0, alpha=shape.scaling)
     count = rows.stop - rows.start
@@ -197,7 +200,7 @@ def _weights(query: Tensor, key: Tensor, rows: slice, seen: slice, shape: Attent
 
 @functools.cache
 def causal_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the causal mask of a block; shape (_BLOCK, _BLOCK), -inf if the key comes after the query, else 0."""
+    """Return a causal mask, (_BLOCK, _BLOCK): -inf if the key (column) comes after the query (row), else 0."""
     return torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
@@ -234,7 +237,7 @@ def _split(projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: Atten
 def _join(
     grads: tuple[Tensor, Tensor, Tensor], projected: Tensor, rotary: tuple[Tensor, Tensor] | None, shape: AttentionShape
 ) -> None:
-    """Write the gradients of query, key and value to the columns of `projected`: the backward pass of `_split`."""
+    """Write the gradients of query, key and value to the columns of `projected`. This is the backward pass of `_split`."""
     tokens = projected.shape[0]
     columns = projected.view(tokens, -1, shape.head_dim).transpose(0, 1)
     query, key, value = (grad.reshape(-1, grads[1].shape[1], shape.head_dim)[:, :tokens] for grad in grads)

@@ -7,13 +7,14 @@ from torch import Tensor
 
 #: Approximate size of one chunk of rows, divided by the total size of the L2 caches of all threads.
 _CACHE_SHARE = 0.3
-#: Chunk sizes of products with lm_head. Such chunks fit the processor's cache. If lm_head must be cast to the compute
-#: dtype, a chunk has _CHUNK_VOCAB vocabulary entries. If not, a chunk of the backward pass has _CHUNK_ROWS tokens.
+#: Chunk sizes of products with lm_head. Such chunks fit the processor's cache.
+#: _CHUNK_VOCAB: number of vocabulary entries per chunk, if lm_head is cast to the compute dtype.
+#: _CHUNK_ROWS: number of tokens per chunk in the backward pass, if lm_head is not cast.
 _CHUNK_ROWS, _CHUNK_VOCAB = 192, 4096
 
 
 def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
-    """Return left @ right; if `onto` is given, add the product to `onto` in place and return `onto`.
+    """Return left @ right. If `onto` is given, the product is added to `onto` in place, and `onto` is returned.
 
     left: (rows, inner).  right: (inner, columns).  On a CPU in bf16, oneDNN reads the whole of `left` again for each
     strip of columns of `right`. If the result has fewer columns than `left`, `left` is therefore split into chunks of rows

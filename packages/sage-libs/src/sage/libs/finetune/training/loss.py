@@ -48,7 +48,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _row_max(probs: Tensor) -> Tensor:
-    """Return the largest probability of each row. Comparing the bits as integers gives the same order, but is faster."""
+    """Return the largest probability of each row.
+
+    Probabilities are compared as integers with the same bits: their order is the same, and integers are compared faster.
+    """
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[probs.element_size()]
     return probs.view(integers).amax(-1).view(probs.dtype)
 
@@ -70,7 +73,7 @@ class CompletionLoss:
     """The Trainer's loss function, which also counts trained and correctly predicted tokens for the progress events."""
 
     def __init__(self, lm_head: Tensor | None = None, compute_dtype: torch.dtype | None = None) -> None:
-        """lm_head: (vocab, hidden_size) if the model returns last hidden states as `logits`; None if it returns real logits.
+        """lm_head: (vocab, hidden_size) if the model returns hidden states as `logits`. None if the model returns logits.
 
         compute_dtype: dtype of products with lm_head; default: the dtype of the hidden states.
         """

@@ -15,7 +15,7 @@ class Reporter:
     """Appends progress and warnings to the events of a run, and writes them to the log."""
 
     def __init__(self, run: RunDirectory, stop: StopRequest, checked_model: str | None) -> None:
-        """checked_model: name of the model in the error for a dataset with warnings. None: warnings raise no error."""
+        """checked_model: the model's name, shown in the error about dataset warnings. None: such warnings raise no error."""
         self._run, self._stop, self._checked_model = run, stop, checked_model
         self._reported: set[tuple[Path, Code]] = set()
 
@@ -35,7 +35,10 @@ class Reporter:
         logger.warning("%s", message)
 
     def adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
-        """Report that the next steps use less memory. A resumed run starts with these `halvings` and `checkpointing`."""
+        """Report that the next steps use less memory. If the run is resumed, it starts with these values.
+
+        halvings: each micro-batch is computed in up to 2^halvings parts.  checkpointing: whether activations are recomputed.
+        """
         self._run.append_event(WarningEvent(message=message, halvings=halvings, activation_checkpointing=checkpointing))
         logger.warning("%s", message)
 

@@ -125,7 +125,7 @@ class Team:
             message = f"Out of memory: one of the run's {self.size} processes could not allocate memory."
             hint = "Start a new run with a smaller --batch-size or --max-seq-length."
             self._run.append_event(FailedEvent(code="out_of_memory", message=message, hint=hint))
-        elif code < 0:  # killed by a signal; otherwise the process has reported the error itself
+        elif code < 0:  # killed by a signal, so the process could not report the error itself
             message = f"One of the run's {self.size} processes was killed ({signal.Signals(-code).name})."
             self._run.append_event(FailedEvent(code="worker_died", message=message, hint="`resume` continues the run."))
         os._exit(1)

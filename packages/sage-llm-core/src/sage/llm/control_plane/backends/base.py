@@ -41,7 +41,8 @@ class BatchOptions(ServingOptions):
     kv_cache_tokens: int | None = Field(
         None,
         ge=16,
-        description="Maximum tokens of all prompts and answers in progress. Further answers wait. Default: no limit.",
+        description="Maximum total number of tokens of all prompts and answers in progress. Further answers wait. "
+        "Default: no limit.",
     )
     max_tokens: int = Field(1024, ge=1, description="Maximum length of an answer in tokens, if the request sets no limit.")
 
@@ -55,7 +56,8 @@ class Capabilities:
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: whether adapters can be loaded and unloaded while the server runs
     merges_adapters: bool = True  #: whether the backend can serve a base model into which an adapter is merged
-    warm_up: bool = False  #: True: each loaded adapter immediately receives a request, because its first request is slow
+    #: Whether each adapter gets a request immediately after it is loaded, because the first request to an adapter is slow.
+    warm_up: bool = False
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
     #: GPU memory that a sleeping server keeps. A sleeping server can allocate the released memory again without a restart.
     #: None: the servers cannot sleep.
@@ -94,7 +96,7 @@ class ServingBackend(Backend, Protocol):
     health_path: ClassVar[str]
     #: Request fields that the server supports. The gateway rejects all others. None: the server checks the fields itself.
     parameters: ClassVar[frozenset[str] | None]
-    #: None if the server has no Prometheus counters for tokens.
+    #: The server's Prometheus counters for tokens. None: the server has no such counters.
     token_metrics: ClassVar[TokenMetrics | None]
 
     def argv(self, model: str, served_name: str, options: Any) -> tuple[str, ...]:

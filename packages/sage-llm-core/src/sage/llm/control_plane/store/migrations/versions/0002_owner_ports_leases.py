@@ -18,7 +18,7 @@ def upgrade() -> None:
         sa.Column("slot", sa.Integer(), primary_key=True, autoincrement=False),
         sa.Column("node", sa.String(), nullable=False),
     )
-    op.execute(  # if several active engines have the same port, only the oldest keeps it
+    op.execute(  # if several active engines have the same port, only the oldest engine keeps the port
         f"UPDATE engines SET requested_port = NULL WHERE {_ACTIVE} AND EXISTS (SELECT 1 FROM engines AS other "  # noqa: S608
         f"WHERE other.requested_port = engines.requested_port AND other.id <> engines.id AND other.{_ACTIVE} "
         "AND (other.created_at < engines.created_at OR (other.created_at = engines.created_at AND other.id < engines.id)))"
