@@ -51,7 +51,7 @@ class LogFile:
     """A log file of limited size: `cut` removes its beginning. The byte offsets of the remaining text stay valid.
 
     A cut moves the last part of the log to a second file, and deletes the second file of the previous cut. The name
-    of the second file ends with the offset of its first byte. For example, `engine.log.0` begins at byte 0.
+    of a second file ends with the log offset at which the file begins: `engine.log.500` begins at byte 500 of the log.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,7 +97,10 @@ class LogFile:
             return content
 
     def tail_offset(self, lines: int) -> int:
-        """Return the offset of the last `lines` lines. If the log is shorter, return the first available offset."""
+        """Return the offset at which the last `lines` lines begin.
+
+        If the log has fewer lines, return the first available offset.
+        """
         start, end = self.range()
         at = end
         while at > start and lines:

@@ -47,7 +47,7 @@ class ProcessSpec:
     lock_path: Path  #: locked as long as the process is alive
     log_path: Path  #: stdout and stderr of the process are appended to this file
     env: Mapping[str, str] = field(default_factory=dict)  #: added to the parent's environment
-    holds_sigterm: bool = False  #: whether SIGTERM is blocked at the start, until the process can handle this signal
+    holds_sigterm: bool = False  #: whether the process starts with SIGTERM blocked; the process must unblock SIGTERM
     pass_fds: tuple[int, ...] = ()  #: descriptors that the process inherits, with the same numbers
     port: int | None = None  #: port to listen on (0: any free port); None: the process does not listen
 
@@ -207,7 +207,7 @@ def leftovers(lock_path: Path) -> list[int]:
 def exit_code(lock_path: Path) -> int | None:
     """Return the exit code of the process that held a lock last; a negative code means that a signal killed the process.
 
-    The result is None if the process is alive, was started by another process, or exited long ago.
+    The result is None if the process is alive or was started by another process. Only the newest 1000 exit codes are kept.
     """
     if child := _children.get(lock_path):
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -237,7 +237,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def _lock_of(pid: int) -> str:
-    with contextlib.suppress(psutil.Error):  # an OSError is not suppressed: "" would mean that there is no lock
+    with contextlib.suppress(psutil.Error):  # OSError is not suppressed, because "" would mean that the process has no lock
         return str(psutil.Process(pid).environ().get(_LOCK_PATH_VARIABLE, ""))
     return ""
 

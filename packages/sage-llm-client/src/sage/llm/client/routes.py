@@ -52,7 +52,7 @@ class RouteTargetView(RouteTarget):
     """A target of a route, and the active engine that the target currently selects."""
 
     engine_id: str | None = Field(
-        None, description="Id of the engine that the target means; null if no active engine has this id, name or model."
+        None, description="Id of the engine that the target selects; null if `engine` matches no active engine."
     )
     state: EngineState | None = Field(None, description="State of the selected engine.")
 
@@ -68,11 +68,11 @@ class RouteView(BaseModel):
 
 
 def check_route_name(name: str) -> str:
-    """Return `name`. Raises ValueError if a route may not have this name."""
+    """Return `name`. Raises ValueError if the name is not valid for a route."""
     if len(name) > 200 or not _ROUTE_NAME.fullmatch(name):
         raise ValueError(
             "must consist of at most 200 letters, digits and the characters `./@:+-_`; "
-            "the first character, and each character after a `/`, must be a letter, a digit or `_`"
+            "the first character, and the character directly after each `/`, must be a letter, a digit or `_`"
         )
     if _ENGINE_ID.fullmatch(name):
         raise ValueError("must not be an engine's id")

@@ -26,7 +26,7 @@ def has_joined(engine: EngineRecord, server: ServerRecord | None) -> bool:
 
 
 def is_refused(engine: EngineRecord) -> bool:
-    """Return whether the server of a running engine has refused the newer version of the engine's adapter."""
+    """Return whether the server of a running engine has refused a newer version of the engine's adapter."""
     return engine.reason is not None and engine.reason.code == "adapter_refused"
 
 

@@ -42,7 +42,10 @@ def served_run(request: StartRequest) -> ServedRun | None:
 
 
 def default_policy(setting: str | None, kind: EngineKind) -> RestartPolicy:
-    """Return the restart policy of engines whose request sets no policy.  setting: the setting `restart_policy`."""
+    """Return the restart policy of engines whose request sets no policy.
+
+    setting: value of the setting `restart_policy`; None: the setting is not set.
+    """
     if setting is None:
         return RestartPolicy.UNLESS_STOPPED if kind is EngineKind.FINETUNE else RestartPolicy.NO
     return RestartPolicy(setting)
@@ -57,7 +60,10 @@ def new_engine(
     serve: ServedRun | None = None,
     on_busy: OnBusy = OnBusy.WAIT,
 ) -> EngineRecord:
-    """Return the record of a new engine in state `validating`.  restart_policy, on_busy: used if the request has none."""
+    """Return the record of a new engine in state `validating`.
+
+    restart_policy, on_busy: values for a request that does not set these fields.
+    """
     now = datetime.now(UTC)
     return EngineRecord(
         id=engine_id,

@@ -50,7 +50,7 @@ class Measured:
     devices: list[Device] = field(default_factory=list)
     tokens: Mapping[str, Tokens] = field(default_factory=dict)  #: numbers of prompt and answer tokens, by engine id
     cpu_seconds: Mapping[str, float] = field(default_factory=dict)  #: CPU time, by engine id
-    in_progress: Mapping[str, int] = field(default_factory=dict)  #: number of requests, by engine id
+    in_progress: Mapping[str, int] = field(default_factory=dict)  #: number of requests in progress, by engine id
     request_times: RequestTimes = field(default_factory=RequestTimes)
     transitions: TransitionCounts = field(default_factory=TransitionCounts)
 
@@ -58,7 +58,8 @@ class Measured:
 def all_metrics(measured: Measured, *, is_active: bool, folders: Mapping[str, Path]) -> Iterator[Metric]:
     """Yield all metrics. This function blocks, because it measures the disks.
 
-    is_active: whether this control plane holds the lease.  folders: maps each label to a folder on the disk to measure.
+    is_active: whether this control plane holds the lease.
+    folders: for each value of the label `folder`, a folder on the disk to measure.
     """
     yield InfoMetricFamily("sage_build", "The version of SAGE.", {"version": version("sage-llm-core")})
     yield GaugeMetricFamily("sage_gateway_active", "1 if this gateway manages its node, 0 on standby.", value=is_active)
@@ -106,7 +107,7 @@ def _engine_metrics(measured: Measured) -> Iterator[Metric]:
     gpus = GaugeMetricFamily("sage_engine_gpus", "Number of GPUs that an engine uses.", labels=_LABELS)
     restarts = CounterMetricFamily(
         "sage_engine_restarts",
-        "Number of automatic restarts. A start by a user and 10 minutes without a crash reset it to 0.",
+        "Number of automatic restarts. A start by a user, or 10 minutes without a crash, begins a new count.",
         labels=_LABELS,
     )
     cpu = CounterMetricFamily("sage_engine_cpu_seconds", "CPU time of the processes of an engine.", labels=_LABELS)

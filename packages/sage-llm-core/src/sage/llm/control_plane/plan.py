@@ -32,12 +32,13 @@ class Limits:
     """Time limits in seconds. No limit applies while a training run starts, trains or saves its result."""
 
     start_seconds: float  #: maximum time that an inference engine can be in state `starting`
-    #: Maximum time from SIGTERM until an inference engine exits, and from the end of a training run until its process exits.
+    #: Maximum time that an inference engine can be in state `stopping`. This is also the maximum time from the end of a
+    #: training run until the run's process exits.
     stop_seconds: float
     #: If an engine does not answer health checks for this time, requests to the engine are refused. After twice this time,
     #: the engine is restarted, unless its restart policy is `no`.
     unresponsive_seconds: float = 30.0
-    look_seconds: float = 5.0  #: if more time passes between two observations, only this number of seconds is counted
+    look_seconds: float = 5.0  #: the time between two observations is counted only up to this limit
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Validation:
     """The progress and the result of an engine's validation."""
 
     is_done: bool
-    reason: Reason | None = None  #: why the engine cannot be started; None: it can be started
+    reason: Reason | None = None  #: why the engine cannot be started; None: no problem was found
     values: Mapping[str, Any] = field(default_factory=dict)  #: results to store in the engine's record, by column name
 
 
@@ -55,9 +56,9 @@ class Snapshot:
 
     engines: Sequence[EngineRecord]  #: the engines that are not stopped, completed or failed, oldest first
     servers: Mapping[str, ServerRecord]  #: by server id
-    observed: Mapping[str, Observed]  #: by engine id; if an engine is missing, it is not known whether its process is alive
+    observed: Mapping[str, Observed]  #: by engine id; no entry: the state of the engine's process is not known
     watches: Mapping[str, Watch]  #: by engine id
-    validations: Mapping[str, Validation]  #: by engine id; if an engine is missing, its validation has not begun
+    validations: Mapping[str, Validation]  #: by engine id; no entry: the engine's validation has not begun
     limits: Limits
     memory: Memory | None = None  #: None: the devices are not known, so each engine can start
     cores: Cores | None = None  #: None: each program uses its default number of threads

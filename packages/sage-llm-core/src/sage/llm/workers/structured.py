@@ -61,7 +61,7 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._vocabulary, llguidance.LLMatcher.grammar_from_lark(text), log_level=0)
         probe = matcher.deep_copy()
         if not matcher.is_error():
-            probe.compute_logit_bias()  # fails if references in the schema never end
+            probe.compute_logit_bias()  # fails if resolving the references in the schema never ends
         if probe.is_error():
             raise _unsupported(probe.get_error(), text)
         return Grammar(matcher)

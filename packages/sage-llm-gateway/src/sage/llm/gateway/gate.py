@@ -26,7 +26,7 @@ _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _STREAMS = ("/logs", "/events")
 
 
-#: Attributes that log records have in common: `_READ` for requests logged at DEBUG, `_WRITE` for requests logged at INFO.
+#: Attributes that all log records of one level share. `_READ`: level DEBUG. `_WRITE`: level INFO.
 _READ, _WRITE = (
     vars(logging.LogRecord(logger.name, level, __file__, 0, "", (), None)) for level in (logging.DEBUG, logging.INFO)
 )

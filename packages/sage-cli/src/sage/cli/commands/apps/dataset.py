@@ -27,7 +27,7 @@ class TrainOn(StrEnum):
 
 app = typer.Typer(no_args_is_help=True)
 DatasetFile = Annotated[Path, typer.Argument(help="A .jsonl, .json, .csv or .parquet file, or a folder with such files.")]
-Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template to use.")]
+Model = Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used.")]
 Cutoff = Annotated[int, typer.Option(min=8, help="Maximum tokens of a sample; longer samples are truncated.")]
 TrainedOn = Annotated[TrainOn, typer.Option(help="Parts of a chat on which the loss is computed.")]
 LearntBy = Annotated[Method, typer.Option(help="Training method that will use the dataset.")]
@@ -45,7 +45,7 @@ def check(
 ) -> None:
     """List all errors and warnings with their line numbers, and count the samples.
 
-    The exit code is 1 if there are errors or no samples, or if there are warnings and --allow-warnings is not given.
+    The exit code is 1 if the dataset has errors or no samples. Without --allow-warnings, warnings also cause exit code 1.
     """
     from sage.cli.dataset_report import describe, measure
     from sage.libs.finetune.data.linting import check_dataset

@@ -59,7 +59,7 @@ class StoredSamples(Sequence[Encoded]):
     """
 
     def __init__(self, stats: TokenizationStats, bounds: Indexes, tokens: IO[bytes], indexes: Indexes | None = None) -> None:
-        """bounds: content of bounds.bin.  tokens: open tokens.bin.  indexes: the selected sequences (default: all)."""
+        """bounds: content of bounds.bin.  tokens: the opened file tokens.bin.  indexes: selected sequences; None: all."""
         self.stats, self._bounds, self._tokens = stats, bounds, tokens
         self._indexes = np.arange(len(bounds) - 1) if indexes is None else indexes
 

@@ -1,8 +1,8 @@
 """Int8 matrix products with a frozen weight. The forward and the backward pass use the same int8 copy of the weight.
 
-Activations are quantized with one scale per row. If some columns of the activations are much larger than others, small
-columns would lose precision. Therefore each column of the activations is multiplied by a factor, and the same column of the
-weight is divided by this factor.
+Activations are quantized with one scale per row. If the values in some columns are much larger than in others, the columns
+with small values would lose precision. Therefore each column of the activations is multiplied by a factor, and the same
+column of the weight is divided by this factor.
 Sources: Xiao et al. 2023, "SmoothQuant", for the factors; Wortsman et al. 2023, "Stable and low-precision training for
 large-scale vision-language models" (SwitchBack), for int8 in the backward pass.
 """
@@ -26,7 +26,7 @@ _scratch = threading.local()
 
 
 class Int8Matrix:
-    """An int8 weight of shape (outputs, inputs): integers[o, i] * scales[o] * factors[i]."""
+    """An int8 weight of shape (outputs, inputs). Element [o, i] is integers[o, i] * scales[o] * factors[i]."""
 
     def __init__(self, weight: Tensor, activation_absmax: Tensor) -> None:
         """weight: (outputs, inputs).  activation_absmax: (inputs,), the largest absolute value of each input feature."""
@@ -43,15 +43,18 @@ class Int8Matrix:
         return self._integers.to(dtype).mul_(self._scales[:, None]).mul_(self._factors)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs @ weight.t(), (rows, outputs), in the dtype of the inputs.  inputs: (rows, inputs), bf16 or fp32."""
+        """Return inputs @ weight.t(), with the shape (rows, outputs), in the dtype of `inputs`.
+
+        inputs: bf16 or fp32, with the shape (rows, number of inputs).
+        """
         integers, scales = quantize(inputs, self._factors)
         outputs = inputs.new_empty(inputs.shape[0], self._integers.shape[0])
         return rescale(_int_matmul(integers, self._integers.t()), scales, self._scales, outputs)
 
     def backward(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return grad @ weight, (rows, inputs), in the dtype of grad.
+        """Return grad @ weight, with the shape (rows, inputs), in the dtype of `grad`.
 
-        onto: tensor to which the product is added in place; None: the product is a new tensor.
+        onto: tensor to which the product is added in place, and which is returned; None: a new tensor is returned.
         """
         integers, scales = quantize(grad, self._scales)
         adds = onto is not None
@@ -84,7 +87,10 @@ def quantize(numbers: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rescale(sums: Tensor, scales: Tensor, factors: Tensor, numbers: Tensor, *, adds: bool = False) -> Tensor:
-    """Multiply int32 sums (rows, columns) by row scales and column factors, and write or add the result to `numbers`."""
+    """Multiply int32 sums (rows, columns) by row scales and column factors, and write the products into `numbers`.
+
+    adds: whether the old values of `numbers` are added to the products.  Returns `numbers`.
+    """
     native, _ = library(_SOURCE)
     if native is None:
         scaled = sums.float().mul_(scales[:, None]).mul_(factors)

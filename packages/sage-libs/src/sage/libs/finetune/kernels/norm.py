@@ -14,7 +14,7 @@ class Normed(NamedTuple):
     """The tensors that are needed to recompute the output of a norm, so that no layer saves the output."""
 
     inputs: Tensor
-    scale: Tensor  #: (…, 1): 1 / root mean square of each row
+    scale: Tensor  #: reciprocal of the root mean square of each row, with the shape (…, 1)
     weight: Tensor
 
     def outputs(self) -> Tensor:
@@ -56,7 +56,7 @@ def saved(states: Tensor) -> tuple[Tensor, ...]:
 
 
 def recompute(source: Sequence[Tensor]) -> Tensor:
-    """Return the same states as in the forward pass, (rows, hidden_size).  source: the result of `saved(states)`."""
+    """Return the states of the forward pass, reshaped to (rows, hidden_size).  source: the result of `saved(states)`."""
     states = Normed(*source).outputs() if len(source) > 1 else source[0]
     return states.reshape(-1, states.shape[-1])
 

@@ -42,7 +42,7 @@ def read_summary(run: RunDirectory) -> Summary:
 
 
 def catch_up(run: RunDirectory, summary: Summary) -> Summary:
-    """Return a summary that includes the events appended after `summary`."""
+    """Return a summary that includes the events appended after `summary`. The checksum is not updated."""
     offset = summary.offset
 
     def appended() -> Iterator[AnyRunEvent]:

@@ -35,7 +35,7 @@ class PackedCollator:
     def __call__(self, packs: Sequence[Pack]) -> Batch:
         """Return int64 tensors: input_ids, position_ids, attention_mask, labels and cu_seq_lens_q.
 
-        The shape of cu_seq_lens_q is (samples + 1,). The shape of each other tensor is (1, tokens).
+        The shape of cu_seq_lens_q is (samples + 1,). The shape of each other tensor is (1, tokens + padding).
         cu_seq_lens_q: index of the first token of each sample, followed by the number of tokens without padding.
         """
         sequences = list(_flat(packs))
@@ -61,7 +61,7 @@ class PaddedCollator:
     pad_token_id: int
 
     def __call__(self, packs: Sequence[Pack]) -> Batch:
-        """Return input_ids, attention_mask and labels, each (samples, longest), int64.
+        """Return int64 tensors of shape (samples, length of the longest sample): input_ids, attention_mask and labels.
 
         The first label of a row is IGNORED, because the first token is never predicted.
         """
@@ -147,8 +147,8 @@ def pack(lengths: Sequence[int], tokens: int, seed: int) -> list[list[int]]:
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # noqa: S311 - reproducible, no secret
     packs: list[list[int]] = []
-    rooms: list[int] = []  # the different amounts of free space in packs (in tokens), ascending
-    by_room: dict[int, list[int]] = {}  # indexes of packs, by free space in tokens
+    rooms: list[int] = []  # the different numbers of free tokens in packs, ascending
+    by_room: dict[int, list[int]] = {}  # indexes of packs, by number of free tokens
     for index in order:
         length = lengths[index]
         at = bisect.bisect_left(rooms, length)

@@ -1,4 +1,4 @@
-"""Compute the held-out loss: the mean over all completion tokens of the held-out samples."""
+"""Compute the held-out loss: the mean loss over all completion tokens of the held-out samples."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

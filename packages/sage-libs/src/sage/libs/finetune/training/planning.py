@@ -57,7 +57,7 @@ class MemoryPlan:
 
     precision: Precision
     needs: TrainingMemory  #: memory that the run needs with `precision`
-    available_bytes: int  #: free memory; on a CPU, plus the memory that this process already uses
+    available_bytes: int  #: on a GPU: free memory; on a CPU: free memory plus the memory of this process
     smaller: Precision | None  #: another allowed precision, with which the run needs less memory
     allowed_bytes: float = math.inf  #: memory that the reservation allows the run to use
 
@@ -72,7 +72,7 @@ class MemoryPlan:
         return self
 
     def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
-        """Return the plan for a loaded model with this precision; has_kernels: whether the model supports the kernels."""
+        """Return the plan for a model loaded with `precision`.  has_kernels: whether the model uses the kernels."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:

@@ -170,7 +170,7 @@ class TrainingRun:
     def _train(self, checkpoint: str | None) -> int:
         trainer = self._trainer()
         if not torch.cuda.is_available() and self.team.size == 1:
-            refuse_beyond_limit()  # not with CUDA, which reserves more address space than the limit would allow
+            refuse_beyond_limit()  # CUDA is excluded, because CUDA reserves more address space than the limit would allow
         trainer.remove_callback(PrinterCallback)  # RunCallback logs the steps instead
         checkpoint = self.team.broadcast(checkpoint)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -273,7 +273,7 @@ class TrainingRun:
         return self.changes.options.max_steps or checkpoint.total_steps()
 
     def _total_steps(self) -> int:
-        """Return the total number of optimizer steps: `max_steps` if it is set, else the number for all epochs."""
+        """Return the total number of optimizer steps: `max_steps` if set, else the number of steps in all epochs."""
         return self.changes.options.max_steps or self._planned_steps()
 
     def _planned_steps(self) -> int:

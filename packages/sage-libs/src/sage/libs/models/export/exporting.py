@@ -41,8 +41,8 @@ def export_model(
 ) -> None:
     """Write a model and a model card into a new folder; after any exception, the folder is removed.
 
-    precision: for GGUF files, a key of PRECISIONS; for OpenVINO's format, a key of OPENVINO_PRECISIONS. None: the precision
-    of the model for GGUF files, fp32 for OpenVINO's format.
+    precision, for GGUF files: a key of PRECISIONS; None: the model's precision.
+    precision, for OpenVINO's format: a key of OPENVINO_PRECISIONS; None: fp32.
     llama_cpp: required for GGUF files.  open_vino: required for OpenVINO's format.
     Raises ConfigError, ModelError or OutputError.
     """

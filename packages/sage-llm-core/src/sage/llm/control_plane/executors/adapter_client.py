@@ -17,8 +17,8 @@ from sage.llm.control_plane.store.records import ServerRecord
 
 logger = logging.getLogger(__name__)
 _LOAD_SECONDS = 120.0
-#: Seconds until an unload request times out. The server first completes the requests that use the adapter. The runner
-#: repeats an unload that timed out.
+#: Seconds until an unload request times out. The server first completes the requests that use the adapter. An unload that
+#: timed out is tried again.
 _UNLOAD_SECONDS = 10.0
 _THREADS_SECONDS = 10.0
 _SHOWN_CHARACTERS = 500

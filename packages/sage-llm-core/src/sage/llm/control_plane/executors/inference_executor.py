@@ -36,7 +36,7 @@ class _Answer(NamedTuple):
     """The answer of a server to a health check."""
 
     observed: Observed
-    tokens: Mapping[str, Tokens] = {}  #: keys: names of models, "" if there is one model; values: token counts
+    tokens: Mapping[str, Tokens] = {}  #: keys: model names, "" for a model without a name; values: token counts
 
 
 class InferenceExecutor:
@@ -98,7 +98,7 @@ class InferenceExecutor:
         )
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Send a health check to the server. If the server's process has exited, find out why it exited."""
+        """Send a health check to the server if its process is alive; otherwise find out why the process exited."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         if process.alive:

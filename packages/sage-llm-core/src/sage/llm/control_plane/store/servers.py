@@ -16,7 +16,7 @@ from sage.llm.control_plane.store.records import EngineRecord, Lease, ServerReco
 from sage.llm.control_plane.store.rows import server_record, to_columns
 from sage.llm.control_plane.store.tables import engines, servers
 
-#: The states of an engine that has a server.
+#: The states in which a server hosts an engine.
 HOSTED = frozenset({EngineState.STARTING, EngineState.RUNNING, EngineState.STOPPING})
 
 
@@ -29,7 +29,7 @@ class ServerStore(LeaseStore):
             return [server_record(row) for row in connection.execute(select(servers).where(servers.c.node == node))]
 
     def is_server_needed(self, server_id: str, engine_id: str) -> bool:
-        """Return whether the server has a row in the database, or is the last server of an engine other than `engine_id`."""
+        """Return whether the server has a row in the database, or an engine other than `engine_id` refers to the server."""
         others = select(engines.c.id).where(engines.c.server_id == server_id, engines.c.id != engine_id).limit(1)
         with self._read() as connection:
             row = connection.execute(select(servers.c.id).where(servers.c.id == server_id)).first()
