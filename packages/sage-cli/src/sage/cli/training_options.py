@@ -38,12 +38,15 @@ OPTIONS = (
         "dataset_path",
         list[str],
         None,
-        "Dataset (.jsonl, .json, .csv, .parquet or folder); FILE=WEIGHT uses its samples WEIGHT times; may be repeated.",
+        "Dataset (.jsonl, .json, .csv, .parquet or folder); with FILE=WEIGHT, each sample of FILE is used WEIGHT times; "
+        "may be repeated.",
         "--dataset",
     ),
     TrainingOption("output_dir", str, None, "Folder to write the result to.", "--output"),
     TrainingOption("finetuning_type", str, "lora", "lora (trains an adapter) or full (trains all weights)."),
-    TrainingOption("eval_path", str, None, "Held-out dataset, evaluated before and after training.", "--eval"),
+    TrainingOption(
+        "eval_path", str, None, "Held-out dataset on which the model is evaluated before and after training.", "--eval"
+    ),
     TrainingOption("eval_split", float, 0.0, "Share of the samples to hold out (0 to 0.5), if --eval is not given."),
     TrainingOption("eval_steps", int, None, "Steps between evaluations during training."),
     TrainingOption("early_stopping_patience", int, None, "Stop after this number of evaluations without improvement."),
@@ -74,8 +77,12 @@ OPTIONS = (
     TrainingOption("use_dora", bool, False, "Train the direction and length of weights separately (slower).", "--use-dora"),
     TrainingOption("loraplus_lr_ratio", float, None, "LoRA+: ratio of the learning rates of matrix B and matrix A."),
     TrainingOption("train_on", str, "assistant", "Tokens to compute the loss on: assistant, last_turn or all."),
-    TrainingOption("method", str, "sft", "sft (answers), dpo, orpo or kto (preferences), grpo (rewards)."),
-    TrainingOption("beta", float, None, "Strength of the KL or preference term, for dpo, orpo, kto, grpo."),
+    TrainingOption(
+        "method", str, "sft", "What to learn from: answers (sft), preferences (dpo, orpo or kto), or rewards (grpo)."
+    ),
+    TrainingOption(
+        "beta", float, None, "Weight of the KL term (dpo, kto and grpo) or of the preference term (orpo) in the loss."
+    ),
     TrainingOption("reward_file", str, None, "Python file that defines reward(prompts, completions, **columns); for grpo."),
     TrainingOption("num_generations", int, 4, "Completions per prompt, for grpo."),
     TrainingOption("max_completion_length", int, 256, "Maximum completion length in tokens, for grpo."),
@@ -83,7 +90,7 @@ OPTIONS = (
     TrainingOption("lr_scheduler", str, "cosine", "cosine, linear, constant or constant_with_warmup."),
     TrainingOption("warmup_steps", int, 5, "Steps of learning rate warmup."),
     TrainingOption("weight_decay", float, 0.0, "AdamW's weight decay."),
-    TrainingOption("max_grad_norm", float, 1.0, "Gradient clipping norm; 0 disables it."),
+    TrainingOption("max_grad_norm", float, 1.0, "Gradient clipping norm; 0 disables clipping."),
     TrainingOption("neftune_noise_alpha", float, None, "Strength of NEFTune's noise on the embeddings; 5 is common."),
     TrainingOption("save_steps", int, 50, "Steps between checkpoints."),
     TrainingOption("keep_checkpoints", int, 2, "Number of checkpoints to keep."),

@@ -25,7 +25,9 @@ class ProcessIdentity:
     """Identifies a process; a later process with the same PID has a different identity."""
 
     pid: int
-    started: str  #: on Linux: boot id, and kernel ticks from boot to process start; only for comparison
+    #: Start time of the process as text; used only to compare identities. On Linux, the text contains the boot id, and the
+    #: kernel ticks from the boot to the start of the process.
+    started: str
 
     @classmethod
     def of(cls, pid: int) -> "ProcessIdentity":
@@ -37,7 +39,10 @@ class ProcessIdentity:
 
     @classmethod
     def unknown(cls) -> "ProcessIdentity":
-        """Return the identity of a running process with an unknown PID. All methods treat this process as gone."""
+        """Return a placeholder for the identity of a running process whose PID is unknown.
+
+        The methods of the placeholder return the same values as for an exited process.
+        """
         return cls(_UNKNOWN_PID, "")
 
     def is_alive(self) -> bool:

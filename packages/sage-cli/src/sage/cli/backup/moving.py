@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sage.common.errors import BackupError
 
-#: JSON files with absolute paths. Files of checkpoints are not changed, because checkpoints contain checksums.
+#: JSON files with absolute paths. Files of checkpoints are not changed, because changed files would not match the checksums
+#: in the checkpoint.
 _FILES = ("spec.json", "sage_run.json", "adapter_config.json")
 _COLUMNS = {
     "engines": ("model", "options", "base", "adapter", "form", "serve"),

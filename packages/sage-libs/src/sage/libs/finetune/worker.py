@@ -33,8 +33,8 @@ from sage.libs.models.memory import is_out_of_memory
 logger = logging.getLogger(__name__)
 #: If fewer bytes than this are free on the disk when an error occurs, the error is reported as a full disk.
 _FULL_BYTES = 16 * 2**20
-#: A run on several devices has one process per device. If a process other than the main process fails, it waits for this
-#: number of seconds, and then checks whether the main process still runs.
+#: A run on several devices has one process per device. A process that is not the main process waits this number of seconds
+#: before it reports an error. If the main process has exited by then, the error is not reported.
 _LEADER_SECONDS = 1.0
 
 

@@ -112,7 +112,7 @@ class SageClient:
         return self._send(calls.queue())
 
     def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to `position` in the queue (from 1). The engine's priority can limit the move."""
+        """Move a waiting engine to `position` in the queue (1: the front). The engine's priority can limit the move."""
         return self._send(calls.move(engine_id, position))
 
     def resume_engine(self, engine_id: str) -> EngineView:

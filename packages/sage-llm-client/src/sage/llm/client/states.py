@@ -10,7 +10,7 @@ class EngineState(StrEnum):
     QUEUED = "queued"  #: the engine waits to be started
     STARTING = "starting"  #: the server or worker process has been started and is not ready yet
     RUNNING = "running"  #: the engine serves requests or trains
-    PAUSED = "paused"  #: the engine was unloaded and can be loaded again; `reason` says why
+    PAUSED = "paused"  #: the engine was unloaded and can be loaded again; `reason` says why the engine was unloaded
     STOPPING = "stopping"  #: the engine was asked to stop and is saving its state
     STOPPED = "stopped"  #: the engine ended because a user requested it
     COMPLETED = "completed"  #: the training run finished

@@ -29,7 +29,7 @@ def sleeps(engine: EngineRecord, server: ServerRecord) -> bool:
 
 
 def is_asleep(engine: EngineRecord, server: ServerRecord | None) -> bool:
-    """Return whether an engine is paused or queued, and its server sleeps."""
+    """Return whether an engine is paused or queued while its server sleeps."""
     is_waiting = engine.state in (EngineState.PAUSED, EngineState.QUEUED)
     return is_waiting and server is not None and server.state is ServerState.SLEEPING
 

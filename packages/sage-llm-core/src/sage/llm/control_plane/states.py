@@ -12,7 +12,7 @@ TRANSITIONS: Mapping[EngineState, frozenset[EngineState]] = {
     _S.STARTING: frozenset({_S.RUNNING, _S.PAUSED, _S.STOPPING, _S.STOPPED, _S.FAILED}),
     _S.RUNNING: frozenset({_S.PAUSED, _S.STOPPING, _S.STOPPED, _S.COMPLETED, _S.FAILED}),
     _S.PAUSED: frozenset({_S.QUEUED, _S.STOPPING, _S.STOPPED, _S.FAILED}),
-    _S.STOPPING: frozenset({_S.PAUSED, _S.STOPPED, _S.COMPLETED, _S.FAILED}),  # PAUSED: stopped because of a pause
+    _S.STOPPING: frozenset({_S.PAUSED, _S.STOPPED, _S.COMPLETED, _S.FAILED}),  # PAUSED: the engine stopped for a pause
     _S.STOPPED: frozenset({_S.VALIDATING}),
     _S.COMPLETED: frozenset(),
     _S.FAILED: frozenset({_S.VALIDATING, _S.QUEUED}),  # QUEUED: the restart policy restarts the engine

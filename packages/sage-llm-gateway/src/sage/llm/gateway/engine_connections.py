@@ -12,7 +12,7 @@ from sage.llm.gateway.json_text import Piece
 #: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
-#: Bodies below this size are joined with the head, because one `write` is faster than `writelines`.
+#: Bodies below this size are joined with the head, because one `write` is faster than `writelines` for small bodies.
 _SMALL_BYTES = 16 * 1024
 #: Maximum number of received bytes that wait to be returned by `piece`. Above this number, reading is paused.
 _WAITING_BYTES = 256 * 1024

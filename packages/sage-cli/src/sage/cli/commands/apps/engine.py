@@ -21,7 +21,11 @@ IdleStop = Annotated[
 Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the result when the run is completed.")]
 ServeAs = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Model name of the served result; default: --name, or the name of the output folder."),
+    typer.Option(
+        metavar="NAME",
+        help="Model name of the served result. Default: the value of --name if --name is given, otherwise the name of the "
+        "output folder.",
+    ),
 ]
 ServeCheckpoints = Annotated[
     bool, typer.Option("--serve-checkpoints", help="Serve the newest checkpoint while the run trains.")
@@ -30,7 +34,8 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="--wait returns when the engine has ended, --no-wait when it is validated. Default: when it serves or trains.",
+        help="With --wait, return when the engine has ended. With --no-wait, return when the engine is validated. "
+        "By default, return when the engine serves or trains.",
     ),
 ]
 Options = Annotated[
@@ -49,7 +54,7 @@ class Busy(StrEnum):
 
 OnBusyOption = Annotated[
     Busy | None,
-    typer.Option("--on-busy", help="What to do if the memory is not free; default: the setting on_busy (wait)."),
+    typer.Option("--on-busy", help="What to do if not enough memory is free; default: the setting on_busy (wait)."),
 ]
 Priority = Annotated[
     int | None, typer.Option(min=-100, max=100, help="Engines with a higher number are ahead in the queue; default: 0.")
@@ -121,7 +126,8 @@ def start(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Note to store with the engine; may be repeated.")
     ] = None,
     dedicated: Annotated[
-        bool, typer.Option("--dedicated", help="Use a separate process; an adapter is merged into its base model.")
+        bool,
+        typer.Option("--dedicated", help="Run the engine in its own process; an adapter is merged into its base model."),
     ] = False,
     merge_in_background: Annotated[
         bool,

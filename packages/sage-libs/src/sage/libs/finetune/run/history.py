@@ -54,7 +54,7 @@ def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
 def default_formats(config: FinetuneConfig, device: str) -> Formats:
     """Return the number formats that a run will probably have, if there is no earlier run.
 
-    If a measurement at the start of the run decides on a format, the largest format is assumed.
+    If a measurement at the start of the run decides on a format, the format that needs the most memory is assumed.
     device: `cpu` or `cuda`.
     """
     if config.finetuning_type == "full":

@@ -30,8 +30,10 @@ class TrainingData:
     samples: int | None  #: number of training samples; None for streaming
     heldout: Sequence[Encoded]
     micro_batch: int  #: number of packs per micro-batch
-    largest_batch: Mapping[int, int]  #: the largest micro-batch. Keys: lengths in tokens. Values: numbers of samples
-    largest_packs: Sequence[int] = ()  #: indexes of the packs in the largest micro-batch; empty if they are not known
+    #: Sample lengths in the largest micro-batch. Keys: lengths in tokens. Values: number of samples that have this length.
+    largest_batch: Mapping[int, int]
+    #: Indexes of the packs in the largest micro-batch; empty if these packs are not known.
+    largest_packs: Sequence[int] = ()
 
 
 def load_data(config: FinetuneConfig, new_encoder: Callable[[], Encoder], report: Reporter) -> TrainingData:

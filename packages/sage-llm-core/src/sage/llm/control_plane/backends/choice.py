@@ -24,8 +24,8 @@ def choose(candidates: Sequence[Backend], device: str, purpose: str = "for this 
     """Return the fastest of the installed backends `candidates`, and the reason to show to users.
 
     If some candidates can load adapters into a running server, only these candidates are compared.
-    purpose: if there is only one candidate, the text at the end of the reason, for example
-    "that can quantize the model to int8".
+    purpose: the end of the reason if there is only one candidate, and this candidate cannot load adapters into a running
+    server. Example: "that can quantize the model to int8".
     """
     compared = [backend for backend in candidates if backend.capabilities.hot_adapters] or list(candidates)
     if len(compared) == 1:

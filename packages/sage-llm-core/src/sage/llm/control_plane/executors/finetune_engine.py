@@ -89,7 +89,7 @@ class FinetuneEngine:
         return status
 
     async def get_status(self) -> dict[str, Any]:
-        """Return status, progress, loss, ETA and memory. None: the value is not known."""
+        """Return a dictionary with status, progress, loss, ETA and memory. Values that are not known are None."""
         handle = self._handle()
         run = await asyncio.to_thread(self.manager.status, self._task())
         self.status = run.state.value

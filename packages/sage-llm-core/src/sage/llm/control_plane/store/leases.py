@@ -51,8 +51,9 @@ class LeaseStore:
     def acquire_lease(self, node: str, holder: str, host: str, me: ProcessIdentity, url: str = "") -> Lease | None:
         """Acquire the lease and increment its fence. Return None if another active control plane holds the lease.
 
-        holder, me, url: token, process and gateway URL of this control plane. The lease can be taken if it is free
-        or expired, or if the holder was a process of this host and has exited.
+        The lease of another control plane can be taken if the lease has expired, or if the process of the other control
+        plane ran on this host and has exited.
+        holder: random token of this control plane.  me: process of this control plane.  url: URL of the gateway.
         """
         with self._read() as connection:  # reads only, because a control plane on standby calls this method every second
             query = select(leases, _is_valid(self.lease_seconds).label("is_valid"))

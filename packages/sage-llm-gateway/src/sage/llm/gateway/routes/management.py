@@ -130,7 +130,7 @@ async def checkpoint_engine(engine_id: str, manager: Manager) -> EngineView:
 
 @router.post("/engines/{engine_id}/remove")
 async def remove_engine(engine_id: str, manager: Manager) -> dict[str, Any]:
-    """Delete a stopped, completed or failed engine. The engine's run directory or log is also deleted."""
+    """Delete a stopped, completed or failed engine and its log. For a training run, also delete the run directory."""
     await manager.remove_engine(engine_id)
     return {"id": engine_id, "object": "engine", "deleted": True}
 
