@@ -1,7 +1,7 @@
 """Fine-tuning: runs, their data, the trainer, and the worker process.
 
 `FinetuneManager` and `FinetuneConfig` are the public interface, and do not import torch. Each of the two classes is imported
-when it is first used, so that other commands start faster.
+when it is first used, so that commands that do not use it start faster.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -105,7 +105,10 @@ class AsyncSageClient:
         return await self._send(calls.queue())
 
     async def move_engine(self, engine_id: str, position: int) -> EngineView:
-        """Move a waiting engine to `position` in the queue (1: the front). The engine's priority can limit the move."""
+        """Move a waiting engine to `position` in the queue (1: the front).
+
+        An engine cannot move ahead of an engine with a higher priority, or behind an engine with a lower priority.
+        """
         return await self._send(calls.move(engine_id, position))
 
     async def resume_engine(self, engine_id: str) -> EngineView:
@@ -206,7 +209,7 @@ class AsyncSageClient:
         return await self._send(calls.devices())
 
     async def estimate(self, model: str, **request: Any) -> EstimateView:
-        """Return the memory that an engine would need.  request: the same fields as for `start_engine`."""
+        """Return the memory that an engine would need.  request: other fields of StartRequest."""
         return await self._send(calls.estimate({"model": model, **request}))
 
     async def test_webhooks(self) -> list[WebhookResult]:

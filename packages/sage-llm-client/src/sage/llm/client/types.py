@@ -149,10 +149,17 @@ class EngineView(BaseModel):
     priority: int = Field(0, description="Engines with a higher number are ahead in the queue.")
     not_before: datetime | None = Field(None, description="Earliest time to start the engine.")
     queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
-    devices: list[str] | None = Field(None, description="Devices of the engine's server; null if the engine has no server.")
-    reserved_bytes: int | None = Field(None, description="Memory that is reserved for the engine; null if it is not known.")
+    devices: list[str] | None = Field(
+        None,
+        description="Devices of the engine's server; null if the engine has no server, or if the server may use any device.",
+    )
+    reserved_bytes: int | None = Field(
+        None, description="Memory that is reserved for the engine; null if the amount is not known."
+    )
     restarts: int = Field(
-        0, description="Number of automatic restarts. A start by a user and 10 minutes without a crash reset it to 0."
+        0,
+        description="Number of automatic restarts in a row. The number is set to 0 when a user resumes the engine. After "
+        "10 minutes without a crash, the next restart counts as number 1.",
     )
     max_restarts: int = Field(5, description="Maximum number of automatic restarts in a row.")
     reason: Reason | None = None
@@ -163,13 +170,17 @@ class EngineView(BaseModel):
     )
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
-    form: str | None = Field(None, description="How the server loads the model, as text for users.")
+    form: str | None = Field(None, description="How the server loads the model, as text for users; example: `merged, int8`.")
     context_tokens: int | None = Field(None, description="Maximum length of prompt plus answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
     kv_cache_tokens: int | None = Field(
         None, description="Size of the key/value cache in tokens; null: the default of the backend."
     )
-    threads: int | None = Field(None, description="CPU threads of the process; null: the default of the engine's program.")
+    threads: int | None = Field(
+        None,
+        description="Number of CPU threads of the engine's server; null if the number is not known, for example because the "
+        "server uses the default of its program.",
+    )
     idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
     pid: int | None = None

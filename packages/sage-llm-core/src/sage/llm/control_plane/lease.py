@@ -47,7 +47,7 @@ class LeaseKeeper:
     def lease(self) -> Lease | None:
         """The lease, or None if this control plane does not hold the lease.
 
-        Also None if the last renewal is too long ago, for example because the machine was suspended.
+        The value is also None if the last renewal is too long ago, for example because the machine was suspended.
         """
         is_fresh = uptime_seconds() - self._renewed_seconds < _USE * self._store.lease_seconds
         return self._held if is_fresh else None

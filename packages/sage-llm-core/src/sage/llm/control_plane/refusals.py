@@ -86,7 +86,10 @@ def standby(leader: LeaderInfo | None) -> Overloaded:
 
 
 def paused(engine_id: str, paused_by: str) -> Overloaded:
-    """Return the error for a request to an engine that is paused.  paused_by: as in EngineRecord."""
+    """Return the error for a request to an engine that is paused.
+
+    paused_by: `user`, or the id of the engine that needs the memory.
+    """
     if paused_by == "user":
         message, hint = f"{engine_id} was paused by a user.", f"`sage llm engine resume {engine_id}` loads the engine again."
     else:

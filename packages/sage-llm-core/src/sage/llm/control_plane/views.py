@@ -116,6 +116,6 @@ class _Key:
 def _unresponsive(engine: EngineRecord, silent_seconds: float) -> Reason:
     return Reason(
         code="engine_unresponsive",
-        message=f"The engine has not answered for {silent_seconds:.0f} s, and requests are refused until the next answer.",
+        message=f"The engine has not answered for {silent_seconds:.0f} s, and requests are refused until it answers again.",
         hint=f"To restart, run `sage llm engine stop --force {engine.id}`, then `sage llm engine resume {engine.id}`.",
     )

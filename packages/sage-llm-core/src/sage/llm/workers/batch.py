@@ -148,7 +148,10 @@ class Batch(JobThread):
                 request.job.finish(None)
 
     def _admit(self) -> None:
-        """Give each free slot to the oldest request among the requests with the fewest answers in progress."""
+        """Give each free slot to the waiting request with the fewest answers in progress.
+
+        If there are several such requests, the oldest of these requests gets the slot.
+        """
         while len(self._rows) < self._slots and (waiting := [request for request in self._requests if request.waiting]):
             request = min(waiting, key=lambda request: request.in_progress)
             if not self._has_memory(request.waiting[0]):

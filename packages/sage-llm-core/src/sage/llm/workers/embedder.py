@@ -16,8 +16,8 @@ from sage.llm.workers import server
 from sage.llm.workers.requests import EmbeddingRequest
 
 logger = logging.getLogger(__name__)
-#: An input with more characters than this number times the model's token limit is rejected without tokenization. In real
-#: texts, a token has far fewer characters.
+#: A text is rejected without tokenization if it has more characters than the product of this number and the model's token
+#: limit. In real texts, a token has far fewer characters.
 _MAX_CHARACTERS_PER_TOKEN = 100
 #: Text that is embedded to check a model.
 _PROBE = "Which engine answers?"
@@ -26,7 +26,7 @@ _TOLERANCE = 1e-3
 
 
 class Input(NamedTuple):
-    """A checked input: token ids, or text if the model tokenizes texts itself."""
+    """A checked input: token ids, or text if the model does not accept token ids."""
 
     given: str | list[int]
     tokens: int
@@ -41,7 +41,7 @@ class Embedder:
         self._model = _load(folder)
         self._tokenizer: Any = self._model.tokenizer
         limit = self._model.max_seq_length
-        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # the limit of static word vectors is inf
+        self._max_tokens: int | None = limit if isinstance(limit, int) else None  # static word vectors have the limit inf
         self._prompt: str = self._model.prompts.get(self._model.default_prompt_name) or ""
         try:
             expected = self._embed([_PROBE])
@@ -55,7 +55,7 @@ class Embedder:
     def read(self, request: EmbeddingRequest) -> list[Input]:
         """Return the checked inputs of a request.
 
-        Raises ConfigError if an input is empty, is too long, or has unknown tokens, or if `dimensions` is too large.
+        Raises ConfigError if `dimensions` is too large, or if an input is invalid, for example empty or too long.
         """
         if request.dimensions and request.dimensions > self.dimensions:
             raise _invalid(

@@ -31,10 +31,9 @@ class Runner(Protocol):
         """Return an empty cache for one answer."""
 
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
-        """Run a forward pass with the tokens of the parts. Return each part's logits, with the shape (tokens, vocab_size).
+        """Run a forward pass with the tokens of the parts, and return the logits of each part.
 
-        The logits of a part have one row if only the last token's logits are needed.
-
+        Shape of a part's logits: (tokens of the part, vocab_size), or (1, vocab_size) if `wants_all_logits` is False.
         check: called in every layer; may raise an exception to end the pass.
         """
 

@@ -32,8 +32,8 @@ class SequentialRunner:
         names = ("past_key_values", "cache_params")
         self._memory_name = next((name for name in names if name in known), None)
         self._keeps_logits = "logits_to_keep" in known
-        #: Maximum number of prompt tokens in a pass. There is no limit for models without `past_key_values`, and for models
-        #: with state space layers, because these layers cannot run a prompt in parts.
+        #: Maximum number of prompt tokens in a pass. There is no limit for models without `past_key_values`. There is also
+        #: no limit for models with state space layers, because these layers cannot run a prompt in parts.
         self.prompt_tokens = _PROMPT_TOKENS if self._memory_name == names[0] and not _has_states(model) else _WHOLE
         self._check: Callable[[], None] = lambda: None
         for layer in _layers(model):

@@ -183,7 +183,7 @@ def _tool_call(call: Call) -> dict[str, Any]:
 
 
 def _by_token(score: TokenScore) -> dict[str, float] | None:
-    """Return the log-probabilities of the most likely tokens and of the generated token. Keys: the tokens as text.
+    """Return the log-probabilities of the most likely tokens and of `score.token`. Keys: the tokens as text.
 
     Returns None for the first token of an echoed prompt.
     """

@@ -18,7 +18,7 @@ from sage.llm.gateway.json_text import JsonBody
 from sage.llm.gateway.relay import Relay
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
-#: Routes that are forwarded to engines, and the kind of engine for each route.
+#: HTTP paths of inference requests, and the kind of engine for each path.
 _KINDS = {
     "/v1/chat/completions": EngineKind.LLM,
     "/v1/completions": EngineKind.LLM,

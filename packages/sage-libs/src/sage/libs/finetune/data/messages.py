@@ -25,7 +25,7 @@ _INSTEAD_OF_CONTENT = {"tool_calls", "reasoning_content"}
 _CONTENT = {"role", "content", "from", "value"}
 _OF_ASSISTANT = {"tool_calls", "function_call", *_REASONING}
 _DETAILS = {"name", "tool_call_id", *_OF_ASSISTANT, *_FLAGS}
-#: Fields that contain no text for the model, such as ids. These fields are ignored without a finding.
+#: Fields that contain no text for the model, such as ids. These fields are ignored and not reported.
 BOOKKEEPING = frozenset({
     "", "Unnamed: 0", "__index_level_0__", "_id", "conversation_id", "id", "idx", "index", "message_id", "prompt_id", "uuid",
 })  # fmt: skip
@@ -60,7 +60,10 @@ def read_conversation(value: Any, where: str) -> Conversation:
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Convert an object of lists, the format of old versions of `datasets`, to a list of turns. Return None otherwise."""
+    """Convert an object of lists, the format of old versions of `datasets`, to a list of turns.
+
+    Returns None if `value` is not such an object.
+    """
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None
     if len({len(column) for column in value.values()}) != 1:

@@ -120,7 +120,8 @@ class RunCallback(TrainerCallback):
     ) -> TrainerControl:
         """Append the event of one step, and measure the held-out loss if a measurement is due.
 
-        Raises RunError if the training loss has diverged, or if the loss or the gradient is not finite.
+        Raises RunError if training has diverged. Also raises RunError if the training loss or the gradient norm is NaN or
+        infinite.
         """
         state.log_history.clear()  # the history grows with each step, and would be stored in each checkpoint
         if not logs or "loss" not in logs:  # without a loss, `logs` is the Trainer's summary after training

@@ -21,7 +21,10 @@ class EmbeddingNoise:
         model.get_input_embeddings().register_forward_hook(self._add)
 
     def _note_lengths(self, _module: Any, _args: Any, inputs: dict[str, Any]) -> None:
-        """Store the length of the sample at each position, in a shape that broadcasts to the shape of `input_ids`."""
+        """Store, for each position, the length of the sample that contains the position.
+
+        The stored tensor can be broadcast to the shape of `input_ids`.
+        """
         bounds, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
         if bounds is not None:
             own = bounds.diff()

@@ -33,10 +33,12 @@ class AdaptingTrainer(UnboundedEpochs):
         rehearsal: Callable[[], Batch] | None = None,
         **options: Any,
     ) -> None:
-        """halvings: how many times each micro-batch is cut in half.
+        """halvings: initial value of `halvings`. Each micro-batch is cut into at most 2 ** `halvings` parts.
 
+        If memory is insufficient, the trainer increases `halvings`.
         checkpointing: whether to use gradient checkpointing: `on`, `off`, or `auto` (only if memory is not sufficient).
-        on_adapted: called when memory use is reduced, with a message, `halvings`, and whether gradient checkpointing is on.
+        on_adapted: called when memory use is reduced. Its arguments are a message, the current `halvings`, and whether
+        gradient checkpointing is on.
         rehearsal: returns the largest micro-batch, which is computed before the first step to detect a lack of memory. The
         gradient of the rehearsal is discarded. None: no rehearsal.
         """

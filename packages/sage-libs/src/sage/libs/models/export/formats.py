@@ -26,7 +26,7 @@ PRECISIONS: Mapping[str, float] = {
     "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
 }  # fmt: skip
 
-#: Bytes per weight for each value of `quantize` in OpenVINO's format. int4 stores one scale and one zero point
+#: Bytes per weight in OpenVINO's format, for each value of `quantize`. int4 stores one scale and one zero point
 #: for each block of 32 weights.
 OPENVINO_PRECISIONS: Mapping[str, float] = {"none": 4, "int8": 1.05, "int4": 0.7}
 

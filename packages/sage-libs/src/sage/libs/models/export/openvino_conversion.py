@@ -38,7 +38,10 @@ class _Shape(NamedTuple):
 
 class _Layers:
     def __init__(self, past: tuple[Tensor, ...], order: Tensor, mask: Tensor | None) -> None:
-        """past: keys and values of each layer, or () to record the shapes.  order: row of each sequence in `past`."""
+        """past: stored keys and values of each layer; () if none are stored.
+
+        order: for each sequence, its row in the tensors of `past`.
+        """
         self._past, self._order, self._mask = past, order, mask
         self.present: list[Tensor] = []
 
@@ -200,7 +203,8 @@ def _quantized(converted: Any, quantize: str) -> Any:
 def add_tokenizer(folder: Path, target: Path, probes: list[dict[str, Any]]) -> None:
     """Write the tokenizer in OpenVINO's format.
 
-    probes: chats and the token ids of their prompts.  Raises ModelError if OpenVINO GenAI tokenizes a chat differently.
+    probes: chats (`messages`), each with the expected token ids of its prompt (`tokens`).
+    Raises ModelError if OpenVINO GenAI tokenizes a prompt differently.
     """
     import openvino
     import openvino_genai

@@ -83,8 +83,8 @@ class Inventory:
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
         """Return the environment variables that restrict a process to devices.
 
-        devices: ids of devices. If empty, the process may use all devices. If `devices` contains only the CPU or fake
-        GPUs, the process can use only the CPU. Raises EngineError if a device does not exist.
+        devices: ids of devices. If `devices` is empty, the process may use all devices. If `devices` contains only the CPU
+        or fake GPUs, the process can use only the CPU. Raises EngineError if a device does not exist.
         """
         gpus = {_cuda(gpu): gpu for gpu in self._gpus()}
         if missing := set(devices) - {_CPU, *gpus}:

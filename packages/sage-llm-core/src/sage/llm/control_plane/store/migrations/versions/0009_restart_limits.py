@@ -1,4 +1,4 @@
-"""Add each engine's maximum number of restarts, and the point at which a training run last crashed.
+"""Add each engine's maximum number of restarts, and the training step at which a run last crashed.
 
 Revision ID: 0009
 """
