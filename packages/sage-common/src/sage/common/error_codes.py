@@ -72,7 +72,7 @@ def codes_of(kind: type[SageError]) -> frozenset[str]:
 def error_class(code: str, http_status: int | None = None) -> type[SageError]:
     """Return the error class that uses a code.
 
-    The HTTP status selects the class if several classes use the code, or if the code is unknown.
+    If the code is unknown or several classes use the code, the HTTP status selects the class.
     """
     kinds = _CLASSES.get(code, [])
     same_status = [kind for kind in kinds if kind.http_status == http_status]

@@ -48,8 +48,8 @@ class ChatFormat:
         around = list(tokenizer(_PROBE)["input_ids"])
         #: Token ids that the tokenizer adds before a text: [BOS] or [].
         self.prefix: list[int] = around[: next((at for at in range(len(around)) if around[at:][: len(plain)] == plain), 0)]
-        #: Whether the tokens of a text are the concatenated tokens of its parts, if no token of the text spans two parts.
-        #: False if the tokenizer adds a space before every text.
+        #: Whether the parts of a text can be tokenized separately. False if the tokenizer adds a space before every text,
+        #: because each part would then begin with an additional space.
         self.is_concatenative = self.ids(["a b"])[0] == [token for part in self.ids(["a", " b"]) for token in part]
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
@@ -62,7 +62,7 @@ class ChatFormat:
         return str(text)
 
     def render_marked(self, messages: Sequence[Message], tools: Any = None) -> tuple[str, list[tuple[int, int]]] | None:
-        """Render a chat, and return the character ranges that the template marks as answers (`{% generation %}`).
+        """Return the text of a chat, and the character ranges that the template marks as answers (`{% generation %}`).
 
         Returns None if the template marks no answers.
         """

@@ -1,4 +1,4 @@
-"""The part of the plan for adapters that are merged in the background, while the server of the base model answers.
+"""The part of the plan that merges adapters in the background, while the server of the base model answers requests.
 
 A second engine, the merger, serves the merged model with the fastest backend. When the merger answers, the two engines swap
 servers in one write. The merger then unloads the adapter from the base model's server. If no other engine uses this server,

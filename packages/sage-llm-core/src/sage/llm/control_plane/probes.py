@@ -21,12 +21,12 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord
 from sage.llm.control_plane.store.servers import HOSTED
 
 logger = logging.getLogger(__name__)
-#: Seconds between two probes of an engine. The first value applies while an engine starts or stops, and to a training run
-#: that is served. The second value applies to all other engines.
+#: Seconds between two probes of an engine. The first value applies to engines that start or stop, and to training runs
+#: whose checkpoints or results are served. The second value applies to all other engines.
 _FAST_SECONDS, _SLOW_SECONDS = 0.2, 1.0
 _TIMEOUT_SECONDS = 5.0
-#: Maximum number of concurrent probes in each lane. Servers that do not answer have a separate lane, so that they do not
-#: delay the probes of other servers.
+#: Each probe belongs to a lane. This is the maximum number of concurrent probes in one lane. Servers that do not answer have
+#: a separate lane, so that their probes do not delay the probes of other servers.
 _MAX_PROBES = 64
 _CHANGING = (EngineState.STARTING, EngineState.STOPPING)
 

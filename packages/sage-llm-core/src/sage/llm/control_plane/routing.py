@@ -53,10 +53,11 @@ class Route:
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: whether the engine gets the state `paused` after the state `stopping`. If so, requests to a stopping engine wait
+    #: whether the engine gets the state `paused` after the state `stopping`. If so, requests in the state `stopping` wait
     #: until the engine is loaded again.
     is_pausing: bool
-    #: `user`, or the id of the engine for which this engine makes room; None: not paused, or paused because it was idle
+    #: `user`, or the id of the engine for which this engine makes room. None: this engine is not paused, or is paused
+    #: because there were no requests.
     paused_by: str | None
 
 
@@ -75,7 +76,7 @@ class RoutingTable:
     """
 
     def __init__(self, node: str, on_wanted: Callable[[str], None] = lambda _: None) -> None:
-        """on_wanted: called if another engine answers a request whose first choice is a paused engine.
+        """on_wanted: called if the first choice for a request is a paused engine, and a running engine gets the request.
 
         The argument is the id of the paused engine.
         """

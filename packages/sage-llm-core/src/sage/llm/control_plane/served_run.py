@@ -17,7 +17,7 @@ class ServedRun(BaseModel):
 
     name: str
     checkpoints: bool = False  #: whether the newest checkpoint is served while the run trains
-    after_step: int | None = None  #: if set, a user has requested to serve the next checkpoint after this step
+    after_step: int | None = None  #: a user has requested to serve the next checkpoint after this step; None: no request
     engine_id: str | None = None  #: id of the engine that serves the run; None: no engine yet
     step: int = 0  #: step of the last checkpoint whose publication has ended, with or without success
     is_complete: bool = False  #: whether the publication of the result has ended, with or without success

@@ -24,7 +24,7 @@ def in_order_of_preference(route: str, targets: Sequence[RouteTarget], client: s
 def _distance(key: bytes, target: RouteTarget) -> float:
     """Return a sample of the exponential distribution with rate `weight`.
 
-    The probability that a target has the smallest sample is its weight divided by the sum of all weights.
+    The probability that a target has the smallest sample is the target's weight divided by the sum of all weights.
     """
     digest = hashlib.blake2b(target.engine.encode(), key=key, digest_size=8).digest()
     uniform = ((int.from_bytes(digest) >> 12) + 0.5) / 2**52  # above 0 and below 1

@@ -29,9 +29,10 @@ _THINK_MARKERS = (
 class AnswerFormat:
     """The markers of tool calls and reasoning in a model's answers."""
 
-    call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: no calls
+    call_open: str | None = None  #: text before a call; "": the whole answer is a call; None: the model writes no calls
     call_close: str = ""  #: text after a call; "": a call ends at the next call or at the end of the answer
-    calls: Literal["object", "list", "other"] = "other"  #: JSON object per call, JSON list of all calls, or another notation
+    #: `object`: each call is a JSON object. `list`: all calls are one JSON list. `other`: calls have another notation.
+    calls: Literal["object", "list", "other"] = "other"
     arguments_key: str = "arguments"
     around: tuple[str, str] = ("", "")  #: text before and after a call, with whitespace as in the template
     think_open: str = ""  #: text before the reasoning; "": the model writes no reasoning
@@ -111,9 +112,10 @@ def _declared_markers(tokenizer: Any, field: str) -> tuple[str, str]:
 
 
 def _markers_of_calls(chat: ChatFormat, template: str) -> dict[str, Any]:
-    """Return the first pair in `_CALL_MARKERS` of which each marker occurs in the template or in the vocabulary.
+    """Return the first pair in `_CALL_MARKERS` that the model knows.
 
-    Returns {} if there is no such pair, or if the template does not use the variable `tools`.
+    The model knows a pair if each marker of the pair occurs in the template, or is an added token of the tokenizer.
+    Returns {} if the model knows no pair, or if the template does not use the variable `tools`.
     """
     known = {str(token) for token in chat.tokenizer.added_tokens_decoder.values()}
     for opening, closing in _CALL_MARKERS if "tools" in template else ():

@@ -1,4 +1,4 @@
-"""Compute log-probabilities of tokens in fp32, before temperature, penalties and filters."""
+"""Compute log-probabilities of tokens in fp32, before temperature, penalties and filters are applied."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class Scorer:
         self._bytes, self._top = token_bytes, top
 
     def score(self, token: int, logits: Tensor | None, text_offset: int) -> TokenScore:
-        """Return the score of `token`.  logits: (vocab_size,), None for the first token of a prompt."""
+        """Return the score of `token`.  logits: shape (vocab_size,); None for the first token of a prompt."""
         if logits is None:
             return TokenScore(self._bytes.of(token), None, (), text_offset)
         logprobs = torch.log_softmax(logits.float(), dim=-1)

@@ -17,9 +17,9 @@ from sage.libs.finetune.kernels.lora import Projections, is_fusible, project
 from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import frozen_rms_norm, rms_norm
 
-#: Maximum accepted ratio: standard deviation of the difference in logits / standard deviation of the logits. For random
-#: tokens, the ratio is 0.08 if transformers' logits in bf16 and in fp32 are compared. For unrelated logits, the ratio is
-#: above 1.
+#: Maximum accepted ratio std(new logits - original logits) / std(original logits) for each data type of the logits. If
+#: transformers' logits of random tokens in bf16 are compared with the logits in fp32, the ratio is 0.08. For unrelated
+#: logits, the ratio is above 1.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25}
 _PROBE_LENGTHS = (7, 12)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -57,7 +57,7 @@ class Kernels:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Restore the original model, without the kernels, in the `with` block, for example to generate text."""
+        """Uninstall the kernels for the duration of the `with` block, for example to generate text."""
         self.uninstall()
         for projections in self._projections:
             projections.restore_dense_weights()

@@ -15,11 +15,14 @@ _ADAPTED = 7
 
 @dataclass(frozen=True)
 class Activations:
-    """Numbers of values that a training step has in memory for each token. The size of a value depends on the data type."""
+    """The activations of a training step.
+
+    The float fields are numbers of values for each token. The size of a value depends on the data type.
+    """
 
     saved: float  #: saved by one layer for the backward pass
     inner: float  #: saved outputs of the LoRA matrices A of one layer, in the data type of the matrix products
-    layer_input: float  #: the input of one layer; gradient checkpointing saves nothing else
+    layer_input: float  #: the input of one layer; with gradient checkpointing, a layer saves only this input
     backward: float  #: temporary tensors in the backward pass of the largest part of a layer
     weights_heads: int  #: number of heads whose attention weights are saved for a short sample
     layers: int

@@ -16,7 +16,8 @@ from sage.libs.finetune.run.summary import read_status
 
 #: Exit code of a process that ran out of memory and is not the main process of a run.
 OUT_OF_MEMORY_EXIT = 12
-#: Minimum number of samples in a micro-batch. The minimum for KTO is 2, because KTO compares samples with each other.
+#: Minimum number of samples in a micro-batch, for methods whose minimum is not 1. KTO compares samples with each other, so
+#: a micro-batch needs two samples.
 _LEAST_SAMPLES = {"kto": 2}
 
 

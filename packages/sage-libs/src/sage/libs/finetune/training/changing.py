@@ -97,9 +97,9 @@ def factor_of(arguments: TrainingArguments, max_steps: int) -> Any:
 
 
 def reschedule(scheduler: LambdaLR, factor: Any, learning_rate: float) -> None:
-    """Replace the schedule and the peak learning rate. If the parameter groups have different rates, keep their ratios."""
+    """Replace the schedule and the peak learning rate. If the parameter groups have different rates, keep the ratios."""
     groups, bases = scheduler.optimizer.param_groups, scheduler.base_lrs
-    if bases[0] != learning_rate:  # an equal rate must not change the other rates by rounding
+    if bases[0] != learning_rate:  # if equal, skip the computation, which could change other rates by rounding
         scheduler.base_lrs = [learning_rate * (base / bases[0]) for base in bases]
     scheduler.lr_lambdas = [factor] * len(groups)
     for group, base in zip(groups, scheduler.base_lrs, strict=True):

@@ -45,7 +45,7 @@ class ServingEstimate:
     """The parts of the peak memory of a server, in bytes."""
 
     framework_bytes: int  #: the program and its libraries
-    weights_bytes: int  #: the base model, in its precision in memory
+    weights_bytes: int  #: the weights of the base model, in the data type that the server uses
     adapters_bytes: int  #: adapters that are not merged into the base model
     cache_bytes: int  #: keys and values of the cached tokens
 

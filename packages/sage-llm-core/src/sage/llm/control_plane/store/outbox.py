@@ -24,7 +24,7 @@ class WebhookMessage:
     """A message for one endpoint."""
 
     event_id: int
-    endpoint: str
+    endpoint: str  #: hash of the URL
     node: str
     body: str  #: JSON; every attempt sends the same bytes
     attempts: int  #: number of failed attempts
@@ -36,9 +36,9 @@ class WebhookMessage:
 
 
 class OutboxStore(LeaseStore):
-    """The methods of the store for webhook messages. These methods need no lease: sending a message twice is no error."""
+    """The methods of the store for webhook messages. These methods need no lease, because a message may be sent twice."""
 
-    endpoints: Collection[str] = ()  #: the endpoints of new messages
+    endpoints: Collection[str] = ()  #: hashes of the URLs to which new messages are sent
 
     def messages(self, node: str, endpoint: str, *, limit: int) -> list[WebhookMessage]:
         """Return messages for an endpoint, sorted by the number of attempts.

@@ -27,13 +27,13 @@ class LeaderInfo:
     holder: str  #: a random token, different for each start of a control plane
     host: str
     pid: int
-    url: str  #: URL of the control plane's gateway; empty if it has no gateway
+    url: str  #: URL of the control plane's gateway; "": there is no gateway
 
 
 class ServerState(StrEnum):
     """Progress of a server from its launch to its end. The state does not say whether the process is alive."""
 
-    PLANNED = "planned"  #: stored before the launch; the process possibly exists already
+    PLANNED = "planned"  #: stored before the launch and replaced by `launched` afterwards, so the process possibly exists
     LAUNCHED = "launched"  #: stored after the launch
     SLEEPING = "sleeping"  #: the server has released its memory; paused engines can wake the server
     WAKING = "waking"  #: stored before the request that wakes the server
@@ -49,7 +49,7 @@ class ServerRecord:
 
     id: str  #: `server-` and 10 characters of [a-z0-9]
     node: str
-    backend: str  #: name in the registry
+    backend: str  #: name of the backend in the registry of backends
     model: str  #: the model that the process loads
     state: ServerState
     handle: str  #: identifies the process for the launcher; chosen before the launch
@@ -58,10 +58,10 @@ class ServerRecord:
     reserved_bytes: int | None
     version: int  #: incremented by every write
     created_at: datetime
-    options: Mapping[str, Any] | None = None  #: options of the backend; None: the options of the engine
+    options: Mapping[str, Any] | None = None  #: options of the backend; None: the engine's `options` apply
     served_name: str | None = None  #: the model name that the server expects in requests; None: any name is accepted
-    shared: bool = False  #: other engines with the same base model, backend and options can join
-    max_adapters: int | None = None  #: None: no limit
+    shared: bool = False  #: whether engines with the same base model, backend and options can join
+    max_adapters: int | None = None  #: maximum number of adapters in the server; None: no limit
     model_version: str | None = None  #: `base_version` of the engine that the server was launched for
 
     @property
@@ -78,13 +78,15 @@ class EngineRecord:
     kind: EngineKind
     model: str
     name: str
-    backend: str  #: name in the registry; `auto` was resolved when the engine was created
+    backend: str  #: name of the backend in the registry; `auto` was resolved when the engine was created
     options: Mapping[str, Any]
     metadata: Mapping[str, str]
     desired: DesiredState
     force: bool  #: whether the process is killed to reach the state `desired`
     restart_policy: RestartPolicy
-    restarts: int  #: number of restarts since a user last started or resumed the engine, or since it last ran for 10 minutes
+    #: Number of automatic restarts since a user started or resumed the engine. If the engine fails after 10 minutes or more
+    #: in the state `running`, the count begins at zero again.
+    restarts: int
     state: EngineState
     reason: Reason | None
     #: the last TrainingProgress of a run that has ended; it is stored so that listing the engines reads no files
@@ -99,15 +101,16 @@ class EngineRecord:
     state_at: datetime
     first_event: int  #: id of the event of the engine's creation; engines are ordered by this id, not by time
     last_event: int  #: id of the event of the engine's last transition
-    dedicated: bool = False  #: the user requested a server for this engine only
+    dedicated: bool = False  #: whether the user requested a server for this engine only
     base: str | None = None  #: the base model that a shared server loads for the engine; None: the server is not shared
-    base_version: str | None = None  #: changes if the files of `base` are replaced; None: not known
+    base_version: str | None = None  #: a value that changes if the files of `base` are replaced; None: not known
     adapter: str | None = None  #: folder of the adapter to load into the shared server; None: no adapter
     form: str | None = None  #: how the server loads the model, as text for users
     revision: int = 0  #: incremented at each start and for each newer version of the adapter
-    served_as: str | None = None  #: model name in requests to the server; None: not loaded yet, or any name is accepted
+    #: Model name in requests to the server. None: the model is not loaded yet, or the server accepts any name.
+    served_as: str | None = None
     idle_stop_minutes: float | None = None  #: the engine is unloaded after this time without requests; None: never
-    last_request_at: datetime | None = None  #: time of the last recorded request, cleared by a pause
+    last_request_at: datetime | None = None  #: time of the last recorded request; a pause sets this field to None
     backend_reason: str | None = None  #: why `auto` chose the backend; None: the request named a backend
     #: id of the engine that merges this engine's adapter in the background; "": not started yet; None: no merge is requested
     merger_id: str | None = None
@@ -116,15 +119,16 @@ class EngineRecord:
     priority: int = 0  #: engines with a higher number are ahead in the queue
     not_before: datetime | None = None  #: earliest time to start the engine
     queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event` is used instead
-    #: Who paused the engine: `idle`, `user`, or the id of the engine that needs the memory; None: nobody.
+    #: Cause of the last pause: `idle` (there were no requests), `user`, or the id of the engine that needs the memory. None:
+    #: the engine was not paused, or has started again since the pause.
     paused_by: str | None = None
     least_bytes: int | None = None  #: smallest memory with which the engine can run; None: `reserved_bytes`
-    #: number of CPU threads with which the engine's server was launched; None: the default of the server's program, or the
-    #: engine has joined an existing server
+    #: Number of CPU threads with which the server was launched for the engine. None: the server's program uses its default
+    #: number, or the engine has joined a server that already existed.
     threads: int | None = None
     max_restarts: int = 5  #: maximum of `restarts`
     last_crash: str | None = None  #: point at which a training run exited without reporting an error; None: no such exit
-    serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the run's result is not served
+    serve: Mapping[str, Any] | None = None  #: the fields of `ServedRun`; None: the training run is not served
 
     @property
     def internal_name(self) -> str:

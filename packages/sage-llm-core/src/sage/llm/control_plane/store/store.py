@@ -21,7 +21,7 @@ from sage.llm.control_plane.store.servers import ServerStore
 from sage.llm.control_plane.store.tables import ACTIVE, engines, events, servers
 from sage.llm.control_plane.store.transitions import TransitionCounts
 
-#: Columns of an engine that describe the engine's server, and how this server has loaded the model.
+#: Columns of an engine that describe the engine's server. Some of these columns describe how the server loads the model.
 _OF_SERVER = (
     "server_id", "backend", "backend_reason", "options", "dedicated", "base", "base_version", "adapter", "served_as",
     "devices", "threads", "reserved_bytes", "least_bytes",
@@ -91,8 +91,8 @@ class Store(ServerStore, RouteStore, OutboxStore):
         must_remain: whether to raise StaleWrite if no other engine would remain on the server.
         values: new values for other columns of the engine.
 
-        Raises StaleWrite if the engine was changed after it was read. Also raises StaleWrite if the server to replace hosts
-        other engines, or if the server to join is closing or no longer exists.
+        Raises StaleWrite if the engine was changed after it was read, or if the server to replace hosts other engines.
+        Raises StaleWrite if the server to join is closing or no longer exists.
         Raises IllegalTransition if the transition is not legal. Raises Conflict if another active engine has the engine's
         port.
         """
