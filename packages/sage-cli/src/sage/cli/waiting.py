@@ -92,7 +92,7 @@ def failure(engine: EngineView) -> SageError:
     code = engine.reason.code if engine.reason else "unknown"
     hint = engine.reason.hint if engine.reason else ""
     kind, log = error_class(code), f"`sage llm engine logs {engine.id}`"
-    # A hint is complete if it names the log, or if the request was rejected (400), because then the log has no details.
+    # A hint that names the log is complete. After a rejected request (400), any hint is complete: the log has no details.
     is_complete = log in hint or (hint and kind.http_status == 400)
     return kind(
         code=code,

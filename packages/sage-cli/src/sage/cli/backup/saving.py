@@ -51,7 +51,7 @@ def save(target: Path, content: Content, begin: Callable[[int], Callable[[int], 
     aside = target.with_name(f".{target.name}.partial")
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            # Copy the database before the runs, because a gateway accepts runs that are newer than its database.
+            # The database is copied first, because a gateway accepts run directories that are newer than the database.
             database = _copy_database(Path(folder)) if content.database else None
             _write(aside, database, content, begin)
         os.replace(aside, target)

@@ -8,7 +8,7 @@ from sage.common.errors import ModelError
 from sage.libs.models.originals import identity
 from sage.libs.models.resolve import safetensors_header
 
-#: Number of bytes read from the middle of each tensor.
+#: Maximum number of bytes to read from the middle of each tensor.
 _SAMPLE_BYTES = 256
 #: Entries of config.json that do not change the results of the model.
 _FREE = ("transformers_version", "_name_or_path", "use_cache", "architectures")
@@ -27,8 +27,8 @@ def version(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """Return the fingerprint of a base model: 64 hex digits.
 
-    The fingerprint depends on config.json, on the names and shapes of all tensors, and on some bytes of each tensor. Raises
-    ModelError if config.json cannot be read, or a safetensors file is incomplete or damaged.
+    The fingerprint depends on config.json, on the names, dtypes and shapes of all tensors, and on some bytes of each tensor.
+    Raises ModelError if config.json cannot be read, or a safetensors file is incomplete or damaged.
     """
     digest = hashlib.sha256()
     try:

@@ -1,8 +1,8 @@
 """Find the files of a model by its name. This module does not read weights or import torch.
 
 A name that is an absolute path denotes a folder. Any other name is looked up in the user's models folder, then in installed
-Python packages, then on the hub. Only commands resolve relative paths, because a service does not know the
-user's working folder.
+Python packages, then on the hub. Relative paths are resolved only in commands of the CLI, because the gateway does not know
+the user's working folder.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 class ModelKind(StrEnum):
     """Kind of a model."""
 
-    FULL = "full"  #: config.json and safetensors
+    FULL = "full"  #: config.json and safetensors, or a sentence-transformers model
     ADAPTER = "adapter"  #: a PEFT adapter; `base` is its base model
     GGUF = "gguf"  #: one GGUF file
     HUB = "hub"  #: a model on the hub that is not downloaded yet
@@ -179,8 +179,8 @@ def _check_shards(folder: Path) -> None:
 def safetensors_header(path: Path) -> dict[str, Any]:
     """Return the header of a safetensors file. Keys: names of tensors. Values: `dtype`, `shape` and `data_offsets`.
 
-    The first 8 bytes of the file are the length of the header. The header as JSON and the data follow. Raises ModelError if
-    the file is incomplete or damaged.
+    The file consists of the length of the header (8 bytes), the header as JSON, and the data. Raises ModelError if the file
+    is incomplete or damaged.
     """
     try:
         with path.open("rb") as file:

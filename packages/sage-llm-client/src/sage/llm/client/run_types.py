@@ -17,7 +17,7 @@ class TrainingChange(TrainingOptions):
 class TrainingChangeView(BaseModel):
     """An accepted change of options.
 
-    The change is applied when the engine's `training.change_revision` reaches `revision`.
+    If the engine's `training.change_revision` is at least `revision`, the run uses the new values.
     """
 
     object: str = "training_change"

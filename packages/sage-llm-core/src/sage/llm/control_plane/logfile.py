@@ -1,4 +1,4 @@
-"""Follow a log while other processes append to the log, or cut off the beginning of the log."""
+"""Follow a log while other processes append to the log and remove the beginning of the log."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,9 +11,9 @@ _CHUNK_BYTES = 1024 * 1024
 
 
 async def follow(path: Path, offset: int, has_ended: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """Yield the bytes of a log from `offset`, then each new part, until `has_ended` is true and all bytes were read.
+    """Yield the bytes of a log from `offset`, then each new part, until `has_ended` returns True and all bytes were read.
 
-    If the byte at `offset` was cut off, begin at the first byte that still exists. If `offset` is beyond
+    If the byte at `offset` was removed, begin at the first byte that still exists. If `offset` is beyond
     the end, begin at the end.
     """
     log = LogFile(path)

@@ -76,7 +76,8 @@ class Webhooks:
         await self._http.aclose()
 
     async def _deliver_all(self, endpoint: str) -> None:
-        due_seconds: dict[int, float] = {}  # keys: event ids; empty after a restart, so that all messages are due
+        # Keys: event ids. Values: times of the next attempts. After a restart, all messages are due.
+        due_seconds: dict[int, float] = {}
         was_active = False
         while True:
             if self._is_active():

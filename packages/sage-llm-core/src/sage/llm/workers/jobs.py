@@ -50,7 +50,7 @@ class Job(Generic[T]):
 
     def abandon(self, reason: SageError | None = None) -> None:
         """Cancel the job. If `reason` is given, the consumer of the pieces receives `reason` as an exception."""
-        if reason:  # `reason` must be put first, because a worker that sees `gone` puts the end of the answer
+        if reason:  # this must be done before `gone` is set, because a worker that sees `gone` ends the answer
             self.put(reason)
         self.gone.set()
 

@@ -25,9 +25,9 @@ class OpenVinoGenerator(Generator):
     """A model in OpenVINO's format."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        """Load the converted model from the cache, or first convert the model. Raises SageError.
+        """Load the converted model. If the cache does not contain it yet, convert the model first.
 
-        If the model is an adapter, the base model merged with the adapter is converted.
+        If the model is an adapter, the base model merged with the adapter is converted. Raises SageError.
         """
         source = resolve_model(given.model)
         folder = cached_openvino(source, given.quantize, OpenVino(Path(sys.executable)))
@@ -53,7 +53,9 @@ def main() -> None:
     options.add_argument("--served-name", required=True, help="The model's name in requests.")
     options.add_argument("--quantize", choices=OPENVINO_PRECISIONS, required=True)
     options.add_argument("--slots", type=int, required=True, help="Maximum number of answers in progress at the same time.")
-    options.add_argument("--context-tokens", type=int, help="Context length in tokens, if shorter than the model's.")
+    options.add_argument(
+        "--context-tokens", type=int, help="Context length in tokens; default and maximum: the context length of the model."
+    )
     options.add_argument("--cache-tokens", type=int, help="Maximum tokens of all prompts and answers in progress.")
     options.add_argument("--max-tokens", type=int, required=True, help="Default maximum number of tokens of an answer.")
     options.add_argument("--threads", type=int, required=True)

@@ -36,7 +36,7 @@ class Output:
     def grammar(self, answer_format: AnswerFormat, special: Mapping[str, int], *, is_reasoning: bool) -> str | None:
         """Return the grammar of the answer, or None if every text is allowed.
 
-        special: ids of the tokenizer's special tokens, by text.
+        special: the tokenizer's special tokens. Keys: texts. Values: token ids.
         is_reasoning: whether the prompt ends inside the reasoning.
         Raises ConfigError if the format in which the model writes calls cannot be enforced.
         """

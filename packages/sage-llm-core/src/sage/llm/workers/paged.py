@@ -67,7 +67,8 @@ class PagedRunner:
     def run(self, parts: list[Part], check: Callable[[], None]) -> list[Tensor]:
         """Run the parts in one pass, and return the logits of each part.
 
-        The shape is (tokens, vocab_size) if the part's `wants_all_logits` is True, otherwise (1, vocab_size).
+        For a part with `wants_all_logits`, the shape is (tokens, vocab_size). For any other part, only the logits after
+        the last token are returned, with the shape (1, vocab_size).
         The logits are valid until the next pass.  check: called before the pass. An exception from `check` prevents
         the pass.
         """
@@ -104,7 +105,10 @@ class PagedRunner:
 
 
 def _page(model: Any) -> None:
-    """Change a model so that it uses paged attention, and computes logits only for the tokens in the new input `kept`."""
+    """Change a model so that it uses paged attention.
+
+    The new input `kept` contains the indices of the tokens for which logits are computed.
+    """
     from openvino import opset13
     from openvino._offline_transformations import paged_attention_transformation
 

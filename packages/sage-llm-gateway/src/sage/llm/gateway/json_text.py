@@ -48,7 +48,7 @@ class JsonBody:
     model_spans: tuple[tuple[int, int], ...]
 
     def with_model(self, model: str) -> list[Piece]:
-        """Return the body with another `model`, in pieces; everything else is unchanged."""
+        """Return the pieces of the body, with a new value of each top-level `model`; everything else is unchanged."""
         return _pieces(memoryview(self.content), self.model_spans, quoted(model))
 
 
@@ -67,7 +67,7 @@ def quoted(text: str) -> bytes:
 
 
 def answer_with_model(answer: bytes, model: bytes) -> bytes:
-    """Return an engine's answer with another `model`; everything else is unchanged.
+    """Return an engine's answer with a new value of `model`; everything else is unchanged.
 
     answer: a JSON object; text before the first brace is kept.  model: the new value, as a JSON string.
     The answer is returned unchanged if it has no `model` that is a string. The answer is also returned unchanged if it

@@ -61,8 +61,8 @@ def _fail(reason: str, exit_code: int) -> int:
 def _prepare() -> tuple[FastAPI, socket.socket]:
     """Return the application and its listening socket.
 
-    The lock and the port are taken first. A gateway that cannot take them must not open the database, because opening the
-    database can change its schema.
+    The lock and the port are taken before the database is opened, because opening the database can change its schema. A
+    standby gateway takes only the port.
     """
     settings, standby = _arguments(load_settings())
     configure_logging(settings.log_level)

@@ -3,9 +3,12 @@
 If the chat template marks answers (`{% generation %}`) and no answer is excluded from training, each marked part of the
 rendered chat is an answer. Otherwise, an answer is the text that follows its prompt in the rendered chat.
 
-If the prompt of an answer begins with the previous prompt and answer, the answer is added to the previous answer's sequence.
-Otherwise, the answer begins a new sequence, for example because the template removes reasoning from earlier answers. If
-the tokenizer joins the end of a prompt and the beginning of its answer in one token, each answer gets a sequence of its own.
+A token sequence can contain several answers of a chat. If the prompt of an answer begins with the text of the current
+sequence, the answer is added to the sequence. Otherwise, the answer begins a new sequence. This happens, for example, if the
+template removes the reasoning from earlier answers.
+
+If the tokenizer would put the end of a prompt and the beginning of its answer into one token, the sequence is split: each
+answer becomes a separate sequence.
 """
 
 import itertools
@@ -58,7 +61,8 @@ class _Sequence:
     """One or more answers that become one token sequence."""
 
     answers: list[_Answer]
-    #: Two texts for each answer: the text between the previous answer and this answer, and the answer itself.
+    #: Two texts for each answer: first the part of the prompt after the previous answer, then the answer. For the first
+    #: answer, this part is the whole prompt.
     parts: list[str]
     prefix: list[int] = field(default_factory=list)  #: token ids that the tokenizer adds before a plain text; [] for a chat
 
@@ -70,7 +74,7 @@ class Encoder:
     tokenizer: Any
     cutoff: int  #: maximum number of tokens of a sequence
     train_on: TrainOn = "assistant"
-    embedding_rows: int | None = None  #: number of rows of the embedding matrix; ids must be smaller than this number
+    embedding_rows: int | None = None  #: number of rows of the embedding matrix; each token id must be smaller
     truncated: int = 0  #: number of sequences that were truncated to `cutoff` tokens
     dropped: int = 0  #: number of sequences that were dropped, because no trained token was left
     untrained: int = 0  #: number of samples without any tokens to train on
@@ -132,10 +136,10 @@ class Encoder:
     def _straddled(self, sequences: list[_Sequence]) -> Iterator[bool]:
         """Yield for each sequence whether a token would contain both the end of a prompt and the beginning of its answer.
 
-        A server tokenizes the prompt of the next answer as one text. Therefore the prompt on the server would contain this
-        token. The sequence would not contain this token, because prompts and answers are tokenized separately for training.
-        The last answer is not checked, because no prompt contains the last answer. The ends of answers are not checked,
-        because the end token never contains other text.
+        A server tokenizes the whole prompt of a later answer as one text. This prompt would contain such a token, but the
+        training sequence would not, because prompts and answers are tokenized separately for training. The last
+        answer is not checked, because no prompt contains the last answer. The ends of answers are not checked, because the
+        end token never contains other text.
         """
         edges = [[_edge(answer) for answer in sequence.answers[:-1]] for sequence in sequences]
         flat = [edge for each in edges for edge in each]

@@ -20,13 +20,13 @@ _PROBE_WIDTH = 768
 class Precision:
     """The number formats of a run, and the reasons for them."""
 
-    bf16: bool  #: dtype of the base model and of saved activations: bf16 if True, else fp32; adapters are in fp32
-    bf16_products: bool  #: dtype of matrix products: bf16 if True; else operands are cast to fp32
+    bf16: bool  #: whether the base model and the saved activations are in bf16 instead of fp32; adapters are in fp32
+    bf16_products: bool  #: whether matrix products are computed in bf16; if False, the operands are cast to fp32
     base_bits: int | None  #: 8 or 4 if bitsandbytes quantizes the base, else None
     int8_products: bool  #: whether SAGE's kernels quantize the frozen layers and use int8 products in training
     why: str  #: reason for bf16 or fp32
     held: str  #: number format of the base model, and the reason
-    may_shrink: bool = False  #: whether to use bf16 for base and activations if memory is scarce, although bf16 is slower
+    may_shrink: bool = False  #: whether base and activations can be changed to bf16 if memory is scarce
 
     @property
     def reason(self) -> str:
@@ -86,7 +86,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
 
 
 def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return the bits per weight of the base model if bitsandbytes quantizes it, else None. Also return the reason as text.
+    """Return the bits per weight if bitsandbytes quantizes the base model, else None. Also return the reason as text.
 
     Raises ConfigError if bitsandbytes is required but not installed.
     """

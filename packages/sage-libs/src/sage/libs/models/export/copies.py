@@ -21,11 +21,12 @@ _KINDS = ("gguf", "openvino", "vllm")
 
 
 def usable_copy(kind: str, key: str, needed_bytes: float, write: Callable[[Path], None]) -> Path:
-    """Return a copy that this process can use until its exit; create the copy if needed. Raises SageError.
+    """Return the folder of a copy, and create the copy if needed. The copy is not deleted before this process exits.
 
     kind: one of `_KINDS`.
     write: function that writes the files into a new folder. If the function raises an exception, the folder is removed.
-    If all copies together are too large, unused copies are deleted, the least recently used first.
+    If all copies together are larger than `model_cache_gb`, unused copies are deleted, the least recently used first.
+    Raises SageError.
     """
     target = private_folder(_root(kind)) / key
     descriptor = os.open(private_file(_use(target)), os.O_RDWR)

@@ -29,7 +29,9 @@ class Report:
     newest_revision: str = REVISIONS[-1]
     #: Seconds by which the clock of the database server is ahead of the clock of this machine; 0 for SQLite.
     server_ahead_seconds: float = 0.0
-    newest_event_ahead_seconds: float = 0.0  #: positive: the newest event seems to be in the future
+    #: Seconds from the current time of the database server (SQLite: of this machine) to the time of the newest event.
+    #: A positive value means that the newest event seems to be in the future.
+    newest_event_ahead_seconds: float = 0.0
 
 
 def check(url: str) -> Report:

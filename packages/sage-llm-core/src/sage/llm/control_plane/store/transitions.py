@@ -9,10 +9,11 @@ from sage.llm.control_plane.store.records import EngineRecord
 
 
 class TransitionCounts:
-    """The number of transitions, and the total time that engines spent in each state. This class is thread-safe."""
+    """The numbers of transitions, and the total time that engines spent in each state. This class is thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        #: Keys: the states before and after a transition.
         self.numbers: Counter[tuple[EngineState, EngineState]] = Counter(
             {(before, after): 0 for before, states in TRANSITIONS.items() for after in states}
         )
