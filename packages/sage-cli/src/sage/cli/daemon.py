@@ -156,7 +156,7 @@ def _failed(log_bytes: int) -> GatewayUnreachable:
 
 
 def _unwritable() -> str:
-    """Try to write to the state folder, and return the error, or "" if there is none.
+    """Try to write to the state folder. Return the error, or "" if the attempt succeeds.
 
     The gateway cannot log this error, because its log is in the state folder.
     """

@@ -24,7 +24,8 @@ _PRECISIONS = {
 def run_export(source: str, format_: str, output: Path, precision: str | None) -> None:
     """Export a model or an adapter into a new folder.
 
-    source: an engine's id, a folder, or a model's name. If an engine has a training result, this result is exported.
+    source: an engine's id, a folder, or a model's name. For an engine's id, the engine's training result is exported. If the
+    engine has no training result, its model is exported.
     """
     wanted = ExportFormat(format_)
     known = _PRECISIONS.get(wanted, {})

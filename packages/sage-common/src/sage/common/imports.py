@@ -17,7 +17,7 @@ def fast_imports(unused: Iterable[str] = ()) -> Iterator[None]:
     Imported modules are never freed, but garbage collection would examine their objects repeatedly. This would take a sixth
     of the import time. After the block, these objects are excluded from garbage collection.
 
-    unused: packages to hide. From now on, an import of such a package raises ImportError.
+    unused: packages to hide. An import of a hidden package raises ImportError, even after the block.
     """
     sys.modules.update(dict.fromkeys(unused))  # type: ignore[arg-type] # None: the import raises ImportError
     gc.disable()

@@ -14,7 +14,7 @@ from sage.common.errors import ConfigError
 
 @dataclass(frozen=True)
 class UserPaths:
-    """The folders of one user, which need not exist."""
+    """The folders of one user. The folders need not exist."""
 
     config_dir: Path  #: settings: `config.toml`
     data_dir: Path  #: data that must never be lost: models, run directories
@@ -76,7 +76,7 @@ def private_folder(path: Path) -> Path:
 
 
 def private_file(path: Path) -> Path:
-    """Create a file and its missing folders, and remove the access of other users even if the file exists."""
+    """Create a file and its missing parent folders. Remove the access of other users, even if the file already exists."""
     if not path.parent.is_dir():
         private_folder(path.parent)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))

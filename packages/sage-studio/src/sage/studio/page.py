@@ -102,7 +102,11 @@ class EnginesPage:
 
 
 class LossCurve:
-    """The steps of one training run. Each `read` of the same run requests only new steps."""
+    """The steps of one training run.
+
+    Each `read` of the same run requests only new steps. If more than 2 * _MAX_POINTS steps are stored, `read` discards the
+    stored steps and requests all steps again.
+    """
 
     def __init__(self, client: AsyncSageClient) -> None:
         self._client = client

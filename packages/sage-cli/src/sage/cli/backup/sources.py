@@ -39,7 +39,9 @@ def settings_and_state() -> Iterator[Source]:
 
 
 def run_directories(*, all_checkpoints: bool) -> Iterator[Source]:
-    """Yield the run directories. A run that is not completed includes its newest checkpoint, so that it can be resumed.
+    """Yield the run directories.
+
+    If a run is not completed, also yield its newest checkpoint, so that the run can be resumed.
 
     all_checkpoints: whether to include all checkpoints of all runs.
     """
@@ -76,7 +78,10 @@ def _is_completed(run: RunDirectory) -> bool:
 
 
 def files_below(folder: Path, omitted: tuple[str, ...] = ()) -> tuple[Path, ...]:
-    """Return the files below a folder, without temporary files and without the entries that match `omitted`."""
+    """Return the files below a folder, without temporary files.
+
+    omitted: patterns of the folder's entries that are skipped.
+    """
     entries = [entry for entry in sorted(folder.glob("*")) if not any(entry.match(pattern) for pattern in omitted)]
     files = [file for entry in entries for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]
     return tuple(file for file in files if file.is_file() and not _is_temporary(file.name))

@@ -22,7 +22,7 @@ class Launch:
 
     engine: EngineRecord
     server: ServerRecord | None  #: None: no server is planned yet
-    is_moved: bool = False  #: whether other engines use the engine's previous server; the new server then needs a new id
+    is_moved: bool = False  #: whether other engines use the engine's previous server; if True, the new server needs a new id
     devices: tuple[str, ...] | None = None  #: the devices that the planned server gets; None: any devices
     reserved_bytes: int | None = None  #: the memory that the planned server gets; None: not known
     threads: int | None = None  #: number of CPU threads for the planned server; None: the default of its program
@@ -118,7 +118,7 @@ class Publish:
 
 @dataclass(frozen=True)
 class StartMerge:
-    """Start a second engine, the merger, which merges the adapter of an engine."""
+    """Start a second engine, the merger, which merges the adapter of `engine` into the base model."""
 
     engine: EngineRecord
 

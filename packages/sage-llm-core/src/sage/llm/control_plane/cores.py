@@ -55,8 +55,8 @@ class CpuServer:
 
     id: str
     threads: int | None  #: None: one thread for each core
-    is_adjustable: bool  #: the server can change its number of threads while it runs
-    is_active: bool  #: the server trains, or has answered requests in the last seconds
+    is_adjustable: bool  #: whether the server can change its number of threads while it runs
+    is_active: bool  #: whether the server trains, or has answered requests in the last seconds
 
 
 def new_threads(cores: int, servers: Sequence[CpuServer]) -> dict[str, int]:

@@ -282,7 +282,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         raise busy(engine_id)
 
     def find(self, model: str, kind: EngineKind, client: str | None = None) -> Route:
-        """Return the route of the engine to which a request for `model` is sent. The engine possibly still has to start.
+        """Return the route of the engine to which a request for `model` is sent. This engine need not be running.
 
         client: identifies the sender of the request. See `RoutingTable.find`.
         Raises NotFound if no engine matches. Raises Overloaded if all matching engines are running but do not respond.
@@ -296,7 +296,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         return self._new_upstream(route.address, route.model_name, route.engine_id, route.name, route.token, route.backend)
 
     async def running(self, model: str, kind: EngineKind, wait_seconds: float, client: str | None = None) -> Upstream:
-        """Return the server to which a request for `model` is sent. Wait for an engine that is still starting.
+        """Return the server to which a request for `model` is sent. If the engine is not ready, wait until it is ready.
 
         client: identifies the sender of the request. See `RoutingTable.find`.
         Raises NotFound if no engine matches. Raises Overloaded if the engine stays paused, is not ready in time, or ends

@@ -45,8 +45,9 @@ class FairQueue(Generic[T]):
     """Inputs of several requests, in classes of similar length: up to 16 tokens, 17 to 32, 33 to 64, and so on.
 
     All inputs of a batch belong to the same class. The class is chosen by fair queueing (Demers, Keshav and Shenker 1989).
-    Fair queueing simulates that all requests are computed at the same time and with equal shares. Of each request, the
-    shortest input is computed first. The next batch begins with the input that is complete first in the simulation.
+    Fair queueing simulates that all requests are computed at the same time and with equal shares. In the simulation, the
+    inputs of each request are computed in ascending order of length. The next batch begins with the input that is complete
+    first in the simulation.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -54,7 +55,7 @@ class FairQueue(Generic[T]):
         self._max_tokens = max_tokens
         self._classes: defaultdict[int, list[Entry[T]]] = defaultdict(list)  #: key: padded length; value: heap of inputs
         self._waiting: Counter[Request] = Counter()
-        self._served, self._order = 0.0, count()  #: `_served`: time of the simulation, in tokens
+        self._served, self._order = 0.0, count()  #: `_served`: current time in the simulation, in tokens
 
     def add(self, request: Request, inputs: Sequence[T], lengths: Sequence[int]) -> None:
         """Add the inputs of a request.  lengths: number of tokens of each input."""

@@ -51,7 +51,7 @@ class ResponseFormat(Body):
         Raises ConfigError if fields contradict each other.
         """
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise _refusal("response_format", "'json_schema' is required if 'type' is 'json_schema', else not allowed.")
+            raise _refusal("response_format", "'json_schema' must be set if and only if 'type' is 'json_schema'.")
         if self.json_schema:
             return self.json_schema.schema_
         return {"type": "object"} if self.type == "json_object" else None

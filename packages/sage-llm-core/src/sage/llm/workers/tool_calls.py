@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
-    """Return the calls in a text, or () if there is no call, or if any call is not valid or names an unknown function."""
+    """Return the calls in a text if all of them are valid and name known functions, else ()."""
     if _XML_CALL.search(text):
         found = [
             (name.strip(), _xml_arguments(body, functions.get(name.strip(), {}))) for name, body in _XML_CALL.findall(text)
@@ -73,7 +73,7 @@ def _json_text(arguments: Any) -> str:
 
 
 def _json_values(text: str) -> list[Any]:
-    """Return the JSON values in a text, separated by `;`, `,` or spaces; [] if the text contains anything else."""
+    """Return the JSON values in a text, or [] if the text contains anything except JSON values, `;`, `,` and whitespace."""
     values, at = [], 0
     try:
         while rest := text[at:].lstrip(" \t\r\n;,"):
@@ -196,7 +196,7 @@ class AnswerReader:
     def _until(self, marker: str) -> tuple[str, bool]:
         """Remove a marker and the text before the marker from the buffer. Return this text and whether the marker was found.
 
-        If the marker is not found, text that can be the beginning of the marker stays in the buffer.
+        If the marker is not found, text that can be the beginning of the marker stays in the buffer until the answer ends.
         """
         text, found, rest = self._held.partition(marker)
         if not found and not self._is_end:

@@ -56,7 +56,7 @@ def _compile(compiler: list[str], source: Path, target: Path) -> None:
 
 
 def _processor() -> str:
-    """Return the processor's model and features, for the cache key, because different machines can share a cache."""
+    """Return the model and features of the processor. The cache key contains them, because machines can share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -21,10 +21,12 @@ _PARAMETER_BYTES, _GRADIENT_BYTES, _MOMENTS_BYTES = 4, 4, 8
 _QUANTIZED_BYTES = {8: 1.01, 4: 0.52}
 #: SAGE's training step has two tensors of shape (_LOSS_TOKENS, vocab_size) in memory: logits and probabilities.
 _LOSS_TOKENS, _LOSS_COPIES = 384, 2
-#: Gaps in the heap of glibc, as a share of the activations and temporary values. The shares fit the measurements
-#: in benchmarks/results/estimates.md. _GAPS: samples of at most BLOCK_TOKENS tokens. _LONG_GAPS: longer samples.
-#: _MIXED_GAPS: saved values in bf16 and matrix products in fp32, or the reverse. _PLAIN_GAPS: the training step of
-#: transformers, which frees many temporary values between saved values.
+#: Size of the gaps in glibc's heap, as a fraction of the memory for activations and temporary values. The fractions were
+#: fitted to the measurements in benchmarks/results/estimates.md.
+#: _PLAIN_GAPS applies to the training step of transformers. This step frees many temporary values, which leaves gaps between
+#: the saved values. The other fractions apply to SAGE's training step. _MIXED_GAPS applies if saved values and matrix
+#: products have different number formats. Otherwise, _LONG_GAPS applies if a sample has more than BLOCK_TOKENS tokens.
+#: _GAPS applies in all other cases.
 _GAPS, _LONG_GAPS, _MIXED_GAPS, _PLAIN_GAPS = 0.12, 0.42, 0.47, 0.5
 _MOST_SAMPLES = 2**20
 #: Keys: training methods. Values: number of sequences per sample. All other methods have one sequence per sample.
@@ -35,10 +37,10 @@ _SEQUENCES = {"dpo": 2, "orpo": 2, "kto": 2}
 class Formats:
     """The number formats of a run."""
 
-    bf16: bool = False  #: base and saved activations are in bf16, else in fp32
-    bf16_products: bool = False  #: matrix products are in bf16, else in fp32
-    base_bits: int | None = None  #: 8 or 4 if bitsandbytes quantizes the base
-    int8: bool = False  #: SAGE's training step quantizes the layers to int8
+    bf16: bool = False  #: number format of the base model and the saved activations. True: bf16. False: fp32
+    bf16_products: bool = False  #: number format of the matrix products. True: bf16. False: fp32
+    base_bits: int | None = None  #: 8 or 4 if bitsandbytes quantizes the base model, else None
+    int8: bool = False  #: whether SAGE's training step quantizes the layers to int8
 
     @property
     def value_bytes(self) -> int:
@@ -56,13 +58,13 @@ class TrainingEstimate:
     """The memory of a run in bytes, for one micro-batch. The sum of all fields is the peak."""
 
     framework_bytes: int  #: Python and its libraries
-    weights_bytes: int  #: weights that are not trained, in their precision in memory
+    weights_bytes: int  #: weights that are not trained, after quantization
     adapter_bytes: int  #: trained parameters, in fp32
     optimizer_bytes: int  #: AdamW's moments
     gradient_bytes: int  #: gradients that are in memory at the peak
     activation_bytes: int  #: values saved for the backward pass
-    loss_bytes: int  #: logits and probabilities, or the temporary values of the backward pass if these values are larger
-    heap_bytes: int = 0  #: gaps between blocks of memory
+    loss_bytes: int  #: temporary values of the loss or of the backward pass: the larger of the two
+    heap_bytes: int = 0  #: gaps in the heap
     loading_bytes: int = 0  #: additional memory during loading, if loading needs more memory than training
 
     @property
@@ -71,7 +73,7 @@ class TrainingEstimate:
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Return the bytes of each part by name."""
+        """Return the value of each field. Keys: the field names without `_bytes`."""
         return {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)}
 
 
@@ -82,15 +84,16 @@ class TrainingMemory:
     sizes: Architecture
     config: FinetuneConfig
     formats: Formats
-    has_kernels: bool  #: True: SAGE's training step is used. False: the step of transformers and PEFT
+    has_kernels: bool  #: whether SAGE's training step is used; otherwise the step of transformers and PEFT is used
     framework_bytes: int = FRAMEWORK_BYTES
-    checkpointing: bool = False  #: gradient checkpointing
-    processes: int = 1  #: number of processes that share the memory; each process has its own copy of the model
+    checkpointing: bool = False  #: whether gradient checkpointing is used
+    processes: int = 1  #: number of training processes that use the same memory; each process has its own copy of the model
 
     def at(self, lengths: Sequence[int] | Mapping[int, int]) -> TrainingEstimate:
         """Return the memory for a micro-batch.
 
-        lengths: the number of tokens of each sample, or the number of samples for each number of tokens.
+        lengths: the number of tokens of each sample. A mapping has numbers of tokens as keys and numbers of samples as
+        values.
         """
         sizes, formats, trained = self.sizes, self.formats, self._trained_parameters()
         activation_bytes, temporary_bytes = self._activations(Counter(lengths))
@@ -107,8 +110,8 @@ class TrainingMemory:
             loss_bytes=temporary_bytes,
             heap_bytes=int((activation_bytes + temporary_bytes) * self._gaps(max(lengths))),
         )
-        # During loading, the pages of the weight file are also in memory, and the weights are not quantized yet.
-        # With bitsandbytes, only the pages are counted, because bitsandbytes quantizes each weight immediately.
+        # During loading, the memory contains the pages of the weight file and the weights before SAGE's int8 quantization.
+        # With bitsandbytes, only the pages are counted, because bitsandbytes quantizes each weight as soon as it is read.
         dense_bytes = 0 if formats.base_bits else sizes.parameters * (4 if self._is_full else formats.value_bytes)
         peak_bytes = self.framework_bytes + dense_bytes + sizes.file_bytes
         estimate = replace(estimate, loading_bytes=max(0, peak_bytes - estimate.total_bytes))
@@ -133,7 +136,7 @@ class TrainingMemory:
         return replace(self, checkpointing=may_checkpoint, sizes=replace(self.sizes, file_bytes=0)).at([length])
 
     def fitting_samples(self, available_bytes: int, length: int) -> int:
-        """Return the size of the largest micro-batch that fits, in samples of `length` tokens; 0 if no sample fits."""
+        """Return how many samples of `length` tokens fit into the available memory as one micro-batch."""
         fits, too_many = 0, 1
         while self._fits(available_bytes, length, too_many):
             fits, too_many = too_many, 2 * too_many
@@ -178,7 +181,7 @@ class TrainingMemory:
         saved += self._stacked_values() * formats.product_bytes
         if self.has_kernels:
             loss = min(tokens, _LOSS_TOKENS) * sizes.vocab_size * value_bytes * _LOSS_COPIES
-        else:  # the logits and their gradient, and in fp32 the log probabilities and their gradient
+        else:  # logits and their gradient; log probabilities and their gradient, in fp32 (4 bytes)
             loss = tokens * sizes.vocab_size * (2 * value_bytes + 2 * 4)
         blocks = per_token.block_values(max(lengths), sizes.num_attention_heads) if self.has_kernels else 0
         backward = (tokens * per_token.backward + blocks) * formats.product_bytes
@@ -216,9 +219,9 @@ class TrainingMemory:
         return {name: shape for name, shape in chosen.items() if not _matches(name, names)}
 
     def _stacked_values(self) -> int:
-        """Return the number of values in the copies of all adapters. SAGE's training step saves these copies.
+        """Return how many values SAGE's training step saves as copies of the adapter matrices.
 
-        In the copies, the adapters of queries, keys and values are one adapter with three times the rank.
+        In the copies, the adapters of q_proj, k_proj and v_proj are combined into one adapter with three times the rank.
         """
         if not self.has_kernels:
             return 0
@@ -237,9 +240,10 @@ def expected_kernels(config: FinetuneConfig, formats: Formats) -> bool:
 
 
 def batch_limit(config: FinetuneConfig) -> dict[int, int]:
-    """Return the largest micro-batch that a run can have, as the number of samples for each number of tokens.
+    """Return the largest micro-batch that a run can have. Key: number of tokens per sample. Value: number of samples.
 
-    With pack_tokens, short samples are assumed: they need more memory per token, because their attention weights are saved.
+    If `pack_tokens` is set, samples of at most BLOCK_TOKENS tokens are assumed. Such samples need more memory per token than
+    longer samples, because SAGE's training step saves their attention weights.
     """
     if not config.pack_tokens:
         return {config.max_seq_length: config.batch_size}

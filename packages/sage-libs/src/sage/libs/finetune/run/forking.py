@@ -23,7 +23,7 @@ from sage.libs.finetune.run.changes import configured_options, options_at, recor
 from sage.libs.finetune.run.checkpoints import Checkpoint, list_checkpoints
 from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
 
-#: Options that a fork can change. Other options determine the data, the order of the samples, or the trained weights.
+#: Options that a fork can change. Other options determine the data, the order of the samples, or which weights are trained.
 _CHANGEABLE = (
     "output_dir", "learning_rate", "lr_scheduler", "warmup_steps", "max_grad_norm", "max_steps", "eval_steps",
     "early_stopping_patience", "sample_prompts", "keep_best", "save_steps", "keep_checkpoints", "beta",

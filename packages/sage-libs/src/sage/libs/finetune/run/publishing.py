@@ -7,7 +7,7 @@ from pathlib import Path
 from sage.common.errors import ModelError
 from sage.libs.finetune.run.rundir import RunDirectory
 
-#: Files of a checkpoint with these suffixes are published: the adapter and its tokenizer. `_OF_TRAINER` lists exceptions.
+#: Suffixes of the checkpoint files that are published: the adapter and its tokenizer. `_OF_TRAINER` lists exceptions.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".safetensors", ".txt"})
 _OF_TRAINER = frozenset({"trainer_state.json", "manifest.json"})
 #: Number of published checkpoints to keep: the newest, and the previous one, which running requests can still use.

@@ -2,7 +2,7 @@
 
 import os
 
-#: Environment variable of a worker: the bytes that are reserved for the run on each of its devices.
+#: Environment variable of a worker: the number of bytes that are reserved for the run on each device of the run.
 RESERVED_VARIABLE = "SAGE_RUN_MEMORY_BYTES"
 #: A run may use this multiple of its reservation, because the estimate of its memory can be 15 % too low.
 TOLERANCE = 1.15

@@ -21,7 +21,7 @@ from sage.llm.control_plane.backends.environments import MARKER, Environment, pr
 Report = Callable[[str], None]
 _POLL_SECONDS = 0.2
 _CHECK_SECONDS = 180
-#: Number of lines at the end of pip's output. After a failure, SAGE searches these lines for the reason.
+#: After a failure, SAGE searches this number of lines at the end of pip's output for the reason.
 _TAIL_LINES = 200
 #: Texts in pip's output which show that the package index cannot be reached.
 _UNREACHABLE = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "ReadTimeout", "ProxyError", "SSLError",
@@ -35,7 +35,7 @@ _FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX
 def install(environment: Environment, report: Report) -> bool:
     """Install an environment, or return False if the environment is already installed.
 
-    report: receives each line of pip's output. A failed or interrupted installation is removed.
+    A failed or interrupted installation is removed.  report: receives each line of pip's output.
     Raises BackendError if the package index cannot be reached, the disk has too little free space, or pip fails.
     """
     with _lock(environment, report) as lock:
@@ -136,7 +136,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command, which inherits the lock. If this process is killed, new installations wait until the command ends."""
+    """Run a command. It inherits the lock: if this process is killed, new installations wait until the command ends."""
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,
