@@ -1,5 +1,7 @@
+import time
 import typing
-from datetime import datetime, timedelta, timezone
+from collections.abc import Iterator
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -234,7 +236,16 @@ def test_a_training_option_for_an_engine_that_serves_is_rejected_by_its_flag() -
     assert "--engine-kind finetune" in caught.value.hint
 
 
-NOON = datetime(2030, 5, 1, 12, 0, tzinfo=timezone(timedelta(hours=2)))
+NOON = datetime.fromisoformat("2030-05-01T12:00:00+02:00")
+
+
+@pytest.fixture
+def _berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "Europe/Berlin")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 @pytest.mark.parametrize(
@@ -243,12 +254,20 @@ NOON = datetime(2030, 5, 1, 12, 0, tzinfo=timezone(timedelta(hours=2)))
         ("22:00", "2030-05-01T22:00:00+02:00"),
         ("09:30", "2030-05-02T09:30:00+02:00"),
         ("12:00", "2030-05-02T12:00:00+02:00"),
-        ("2031-01-31T06:00", "2031-01-31T06:00:00+02:00"),
+        ("2031-01-31T06:00", "2031-01-31T06:00:00+01:00"),
         ("2031-01-31 06:00+00:00", "2031-01-31T06:00:00+00:00"),
     ],
 )
+@pytest.mark.usefixtures("_berlin")
 def test_a_start_time_is_a_time_of_day_or_a_date_with_a_time(text: str, expected: str) -> None:
     assert start_time(text, NOON).isoformat() == expected
+
+
+@pytest.mark.usefixtures("_berlin")
+def test_a_time_of_day_after_the_end_of_summer_time_is_in_winter_time() -> None:
+    assert (
+        start_time("22:00", datetime.fromisoformat("2026-10-24T23:00:00+02:00")).isoformat() == "2026-10-25T22:00:00+01:00"
+    )
 
 
 @pytest.mark.parametrize("text", ["tonight", "25:00", "", "2030-13-01T00:00"])

@@ -101,13 +101,14 @@ def admission_request(
 def start_time(text: str, now: datetime) -> datetime:
     """Parse HH:MM or an ISO 8601 date and time. HH:MM means the next time at which the clock shows HH:MM.
 
-    now: the current time with a time zone. This time zone applies if the text has no time zone.
+    now: the current local time. If the text has no time zone, it is in local time too.
     Raises ConfigError if the text is in neither format.
     """
     try:
         if len(text) <= len("22:00"):
-            at = datetime.combine(now.date(), time.fromisoformat(text), now.tzinfo)
-            return at if at > now else at + timedelta(days=1)
+            at = datetime.combine(now.date(), time.fromisoformat(text))
+            # `astimezone` without an argument uses the offset that local time has at that date.
+            return (at if at > now.replace(tzinfo=None) else at + timedelta(days=1)).astimezone()
         moment = datetime.fromisoformat(text)
     except ValueError as error:
         raise ConfigError(
@@ -116,7 +117,7 @@ def start_time(text: str, now: datetime) -> datetime:
             hint="Examples: --not-before 22:00, --not-before 2027-01-31T22:00",
             param="not_before",
         ) from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=now.tzinfo)
+    return moment if moment.tzinfo else moment.astimezone()
 
 
 def is_interactive() -> bool:

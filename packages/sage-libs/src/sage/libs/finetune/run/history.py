@@ -76,7 +76,7 @@ def training_seconds(config: FinetuneConfig, tokens_per_second: float | None) ->
 
 def _tokens(config: FinetuneConfig) -> float | None:
     if config.max_steps and config.pack_tokens:
-        return config.max_steps * config.gradient_accumulation_steps * config.pack_tokens
+        return config.max_steps * config.gradient_accumulation_steps * config.pack_tokens * config.num_processes
     if config.max_steps or not all(source.path.is_file() for source in config.sources):
         return None
     size_bytes = sum(source.path.stat().st_size * source.weight for source in config.sources)

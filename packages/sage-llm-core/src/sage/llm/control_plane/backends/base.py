@@ -35,7 +35,7 @@ class BatchOptions(ServingOptions):
     """The options of SAGE's own servers that compute several answers in one batch."""
 
     context_tokens: int | None = Field(
-        None, ge=16, description="Maximum tokens of prompt and answer; default: the model's limit."
+        None, ge=16, description="Maximum number of tokens of a prompt plus its answer; default: the model's limit."
     )
     slots: int = Field(16, ge=1, le=1024, description="Maximum number of answers that are generated at the same time.")
     kv_cache_tokens: int | None = Field(
@@ -116,8 +116,9 @@ class ServingBackend(Backend, Protocol):
     def limits(self, content: bytes) -> Mapping[str, Any]:
         """Return the fields of an answer of `health_path`. Every field is optional.
 
-        context_tokens: maximum tokens of prompt and answer.  slots: maximum number of concurrent answers.  tokens: for each
-        model, the numbers of prompt tokens and completion tokens since the model was loaded.
+        context_tokens: maximum number of tokens of a prompt plus its answer.
+        slots: maximum number of concurrent answers.
+        tokens: for each model, the numbers of prompt tokens and completion tokens since the model was loaded.
         threads: number of CPU threads, if this number can be changed.  is_active: whether the server has answered requests
         in the last seconds.
         """

@@ -49,7 +49,7 @@ class AdapterClient:
             if answer.is_server_error:
                 raise EngineError(code="adapter_load_failed", message=_message(answer))
             if registry.serving(server.backend).capabilities.warm_up:
-                await self._post(server, "completions", _LOAD_SECONDS, model=name, prompt="a", max_tokens=1)
+                await self.warm_up(server, name)
 
     async def set_threads(self, server: ServerRecord, threads: int) -> None:
         """Change the number of CPU threads of one of SAGE's servers. Raises OSError."""
