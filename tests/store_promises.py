@@ -125,6 +125,18 @@ class StorePromises(Stored):
         with pytest.raises(StaleWrite):
             store.transition(third, S.STARTING, join_server="server-a", **starting)
 
+    def test_only_an_engine_that_wakes_a_sleeping_server_joins_it(self, store: Store, lease: Lease) -> None:
+        first, second = (store.add(record(id=f"engine-{name}"), "user", lease) for name in "ab")
+        starting: dict[str, Any] = {"actor": "r", "lease": lease}
+        first = store.transition(first, S.STARTING, put_server=server(), server_id="server-a", **starting)
+        [stored] = store.servers("n")
+        store.close_server(stored, first, lease=lease, state=ServerState.SLEEPING)
+        with pytest.raises(StaleWrite):
+            store.transition(second, S.STARTING, join_server="server-a", **starting)
+        waking = {"state": ServerState.WAKING}
+        second = store.transition(second, S.STARTING, join_server="server-a", join_values=waking, **starting)
+        assert [each.state for each in store.servers("n")] == [ServerState.WAKING]
+
     def test_two_engines_swap_servers_in_one_write(self, store: Store, lease: Lease) -> None:
         starting: dict[str, Any] = {"actor": "r", "lease": lease}
         engine, merger = (store.add(record(id=f"engine-{name}"), "user", lease) for name in "ab")

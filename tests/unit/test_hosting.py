@@ -143,6 +143,13 @@ def test_a_server_that_is_full_closing_or_gone_is_not_joined() -> None:
     assert "x" not in actions
 
 
+def test_a_server_whose_memory_is_promised_to_another_engine_is_not_joined() -> None:
+    paused = {"desired": DesiredState.PAUSED, "paused_by": "engine-large"}
+    leaving, staying = base(**AT_BASE, **paused), hosted("y")
+    assert outline(planned([leaving, adapter("x")], ready())["x"]) is Launch
+    assert outline(planned([leaving, staying, adapter("x")], ready("sage-y-1"))["x"]) is Join
+
+
 def test_an_engine_for_the_base_joins_a_server_that_was_started_for_an_adapter() -> None:
     actions = planned([hosted("y"), base(state=S.QUEUED)], ready("sage-y-1"))
     assert outline(actions["base"]) is Join

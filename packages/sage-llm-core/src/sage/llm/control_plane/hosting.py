@@ -11,6 +11,7 @@ from functools import cached_property
 from sage.llm.client.types import DesiredState, EngineState
 from sage.llm.control_plane.backends import registry
 from sage.llm.control_plane.executors.base import Observed
+from sage.llm.control_plane.idle import is_making_room
 from sage.llm.control_plane.store.records import INTERNAL, EngineRecord, ServerRecord, ServerState, internal_prefix
 from sage.llm.control_plane.store.servers import HOSTED
 from sage.llm.control_plane.watch import Watch
@@ -90,7 +91,8 @@ class Hosts:
             return None
         for server in self._shared[_key(engine.backend, engine.base, engine.base_version, engine.options)]:
             has_port = engine.requested_port in (None, _port(server))
-            if has_port and not self._is_gone(server) and self._has_room(server, engine):
+            is_usable = not self._is_gone(server) and not self._makes_room(server)
+            if has_port and is_usable and self._has_room(server, engine):
                 self._count(engine, server.id)
                 return server
         return None
@@ -152,6 +154,11 @@ class Hosts:
 
     def _is_gone(self, server: ServerRecord) -> bool:
         return server.state is not ServerState.PLANNED and server.id in self._dead
+
+    def _makes_room(self, server: ServerRecord) -> bool:
+        """Return whether the memory of a server is promised to another engine: all engines of the server make room."""
+        hosted = self._hosted.get(server.id, ())
+        return bool(hosted) and all(map(is_making_room, hosted))
 
     def _has_room(self, server: ServerRecord, engine: EngineRecord) -> bool:
         if engine.adapter is None:

@@ -72,9 +72,11 @@ class ServerStore(LeaseStore):
 
     @staticmethod
     def _join(connection: Connection, engine: EngineRecord, server_id: str, values: Mapping[str, Any]) -> None:
-        is_open = and_(_is(server_id, engine.node), servers.c.state != ServerState.CLOSING)
+        """Join a server. With `values`, the server must be asleep; without, it must be neither asleep nor closing."""
+        state = servers.c.state
+        fits = state == ServerState.SLEEPING if values else state.not_in([ServerState.SLEEPING, ServerState.CLOSING])
         changed = {"version": servers.c.version + (1 if values else 0), **to_columns(values)}
-        if not connection.execute(update(servers).where(is_open).values(changed)).rowcount:
+        if not connection.execute(update(servers).where(_is(server_id, engine.node), fits).values(changed)).rowcount:
             raise StaleWrite(server_id)
 
     def _leave(self, connection: Connection, engine: EngineRecord, server_id: str, *, must_remain: bool) -> None:

@@ -85,14 +85,14 @@ class Store(ServerStore, RouteStore, OutboxStore):
 
         put_server: server to insert or replace.
         join_server: id of the server that the engine joins. This server hosts other engines, or sleeps.
-        join_values: new values for columns of this server.
+        join_values: new values for columns of this server, which must be asleep.
         leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
         unless the server sleeps.
         must_remain: whether to raise StaleWrite if no other engine would remain on the server.
         values: new values for other columns of the engine.
 
         Raises StaleWrite if the engine was changed after it was read, or if the server to replace hosts other engines.
-        Raises StaleWrite if the server to join is closing or no longer exists.
+        Raises StaleWrite if the server to join is closing, no longer exists, or sleeps although there are no `join_values`.
         Raises IllegalTransition if the transition is not legal. Raises Conflict if another active engine has the engine's
         port.
         """
