@@ -144,14 +144,14 @@ def test_if_all_samples_are_longer_than_the_cutoff_the_start_command_fails(tiny_
     assert "is completed" in done.stderr
 
 
-def test_the_error_for_a_dashboard_port_that_another_program_uses_names_the_port() -> None:
+def test_a_used_port_of_the_dashboard_is_named_in_the_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = sage("studio", "--port", str(taken.getsockname()[1]), check=1)
     assert "The dashboard cannot listen on 127.0.0.1:" in done.stderr
     assert "Choose another port" in done.stderr
 
 
-def test_the_error_for_a_gateway_port_that_another_program_uses_names_the_setting() -> None:
+def test_for_a_used_port_of_the_gateway_the_error_names_the_setting() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", int(os.environ["SAGE_GATEWAY_PORT"])))
         other.listen()

@@ -31,7 +31,7 @@ from sage.llm.workers.packed import PackedRunner, Part
 from sage.llm.workers.runners import runner_for
 from sage.llm.workers.sequential import SequentialRunner
 
-#: Models that cannot be packed. They have other attention, state space layers, or positions that depend on the whole batch.
+#: Models that cannot be packed, because of their attention, their state space layers, or positions that depend on the batch.
 SEQUENTIAL: dict[str, Callable[[], PreTrainedConfig]] = {
     "soft caps": lambda: Gemma2Config(**SIZES, sliding_window=40),
     "sinks": lambda: GptOssConfig(**{**SIZES, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 40}),
@@ -199,7 +199,7 @@ def test_an_answer_that_fails_does_not_affect_other_answers(
     assert found[-1]["error"]["code"] == ("out_of_memory" if isinstance(error, MemoryError) else "internal_error")
 
 
-def test_a_server_whose_model_thread_has_ended_answers_500_and_is_not_healthy(
+def test_if_the_thread_of_the_model_has_ended_requests_get_status_500_and_the_server_is_not_healthy(
     app: FastAPI, generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def health() -> int:

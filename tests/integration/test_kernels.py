@@ -171,7 +171,7 @@ def test_kernels_can_be_disabled_for_generation() -> None:
 
 @pytest.mark.parametrize("turned", [True, False])
 def test_fused_attention_equals_packed_attention(turned: bool) -> None:
-    """Run the attention for GPUs on the CPU, in float64."""
+    """Run the attention code that is meant for GPUs on the CPU, in float64."""
     torch.manual_seed(0)
     shape, cu_seqlens, tokens = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=16, scaling=0.3), [0, 5, 12, 49], 64
     angles = torch.rand(tokens, shape.head_dim // 2, dtype=torch.float64).repeat(1, 2)

@@ -290,7 +290,7 @@ def test_the_pids_are_listed_at_most_twice_to_observe_many_processes(
     found = observe(spec, *others)
     assert found[0].pid == alive.pid
     assert not any(other.alive for other in found[1:])
-    assert len(listings) <= 2  # one listing by environment and one by session
+    assert len(listings) <= 2  # one to find processes by their environment, and one to find them by their session
 
 
 def test_a_process_that_cannot_be_observed_is_omitted_and_the_others_are_observed(

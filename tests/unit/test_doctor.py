@@ -83,7 +83,9 @@ def test_a_port_that_another_program_uses_is_a_fault(monkeypatch: pytest.MonkeyP
     assert doctor_state._port(settings).state == "ok"
 
 
-def test_a_file_instead_of_a_folder_and_a_full_disk_are_reported(sage_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_and_a_file_in_the_place_of_a_folder_are_reported(
+    sage_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sage_home.mkdir()
     (sage_home / "data").write_text("a file")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10**9))

@@ -32,8 +32,8 @@ def restore(backup: Path, *, force: bool, outputs: bool, begin: Begin) -> Restor
     """Verify a backup, and write its files into this user's folders.
 
     force: if the folders contain data, rename the folders.  outputs: restore the output folders too.
-    begin: called with the name and the size in bytes of an activity. `begin` returns a function that is called for
-    each part of the activity, with the number of bytes in the part.
+    begin: called before each activity, with its name and the number of bytes to process. `begin` returns a function that is
+    called with the number of bytes of each processed part.
     Raises BackupError if the backup is damaged or the disk is full. Raises Conflict if a process uses the folders, or if the
     folders contain data and `force` is False. In these cases, nothing is changed.
     """

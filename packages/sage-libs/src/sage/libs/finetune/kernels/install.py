@@ -17,9 +17,8 @@ from sage.libs.finetune.kernels.lora import Projections, is_fusible, project
 from sage.libs.finetune.kernels.mlp import GatedMlp, MakeProjections
 from sage.libs.finetune.kernels.norm import frozen_rms_norm, rms_norm
 
-#: Maximum accepted ratio std(new logits - original logits) / std(original logits) for each data type of the logits. If
-#: transformers' logits of random tokens in bf16 are compared with the logits in fp32, the ratio is 0.08. For unrelated
-#: logits, the ratio is above 1.
+#: Maximum accepted ratio std(new logits - original logits) / std(original logits), for each data type of the logits. Between
+#: the bf16 logits and the fp32 logits of a model in transformers, the ratio is 0.08. Between unrelated logits, it exceeds 1.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.25}
 _PROBE_LENGTHS = (7, 12)
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

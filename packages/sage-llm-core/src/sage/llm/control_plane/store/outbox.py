@@ -36,7 +36,10 @@ class WebhookMessage:
 
 
 class OutboxStore(LeaseStore):
-    """The methods of the store for webhook messages. These methods need no lease, because a message may be sent twice."""
+    """The methods of the store for webhook messages.
+
+    They need no lease. If two gateways send the same message, the receiver recognizes the second by its id.
+    """
 
     endpoints: Collection[str] = ()  #: hashes of the URLs to which new messages are sent
 
