@@ -109,7 +109,7 @@ def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
             yield Fault(origin, f"not UTF-8 at byte {error.start + 1}.", _AS_UTF8)
         except (ValueError, RecursionError) as error:
             if index == 0 and isinstance(error, json.JSONDecodeError) and _is_multiline(line):
-                yield Fault(origin, "the first record is written over several lines.", _ONE_A_LINE)
+                yield Fault(origin, "the first record spans several lines.", _ONE_A_LINE)
                 return
             yield Fault(origin, f"not valid JSON: {json_problem(error)}.", "Fix or remove the line.")
         else:
