@@ -337,7 +337,7 @@ class BackendView(BaseModel):
     )
     is_installed: bool
     version: str
-    disk_bytes: int | None = Field(None, description="Size of the backend's environment in bytes.")
+    disk_bytes: int | None = Field(None, description="Disk space of the backend's Python environment, in bytes.")
 
 
 class WebhookResult(BaseModel):

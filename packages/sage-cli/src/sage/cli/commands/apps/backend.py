@@ -45,7 +45,7 @@ def install(
         need = (
             f"{render.size(environment.download_bytes)} to download, and {render.size(environment.disk_bytes)} of disk space"
         )
-        typer.echo(f"{environment.requirement} for the device {environments.device()} needs {need}.", err=True)
+        typer.echo(f"Installing {environment.requirement} for the device {environments.device()} needs {need}.", err=True)
         if sys.stdin.isatty() and not yes:
             typer.confirm(f"Install {name} into {environment.folder}?", abort=True, err=True)
     with interruptible(), progress(environment, is_verbose=verbose) as report:

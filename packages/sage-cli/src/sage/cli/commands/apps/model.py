@@ -80,8 +80,8 @@ def export(
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT's format; merged: safetensors (an adapter is merged into its base); gguf: a file for "
-            "llama.cpp; openvino: files for OpenVINO GenAI; ollama: a GGUF file and a Modelfile.",
+            help="Export format. adapter: PEFT's format; merged: safetensors (an adapter is merged into its base model); "
+            "gguf: a file for llama.cpp; openvino: files for OpenVINO GenAI; ollama: a GGUF file and a Modelfile.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="New folder for the exported files.")],

@@ -184,7 +184,11 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield Fault(origin, f"not valid CSV: {error}.", 'Close quoted cells, and write "" for a quote inside a cell.')
+            yield Fault(
+                origin,
+                f"not valid CSV: {error}.",
+                'End each quoted cell with a quote, and write "" for a quote inside a cell.',
+            )
             return
         if row is None:
             return
