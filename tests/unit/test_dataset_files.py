@@ -90,7 +90,7 @@ def test_csv_json_and_parquet_give_the_same_samples_as_jsonl(tmp_path: Path) -> 
         ("a.jsonl", b'\n{"text": "\\ud83d"}\n', ":2: text has half a character (lone surrogate \\ud83d)"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000, ":1: not valid JSON: the value is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ":1: not valid JSON: Exceeds the limit"),
-        ("a.jsonl", b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', ":1: the first record is written over several lines"),
+        ("a.jsonl", b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', ":1: the first record spans several lines"),
         ("a.jsonl", b'[{"text": "a"},\n{"text": "b"}]\n', "suffix of the file to .json."),
         ("a.parquet", b"PAR1", "record 1: the parquet file is damaged"),
         ("a.arrow", b"ARROW1", "record 1: the arrow file is damaged"),

@@ -83,7 +83,7 @@ def _check_unused(*, force: bool) -> None:
     if not force and (existing := [path for path in data if path.exists()]):
         raise Conflict(
             code="home_not_empty",
-            message=f"{existing[0]} exists; a backup is restored into empty folders.",
+            message=f"{existing[0]} exists, but a backup can be restored only into empty folders.",
             hint="Set SAGE_HOME to an empty folder, or rename the existing folders with --force.",
         )
 

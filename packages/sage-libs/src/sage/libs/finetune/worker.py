@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     if LOCK_FD_VARIABLE not in os.environ:
         descriptor = try_lock(run.lock_path)
         if descriptor is None:
-            print(f"{run.path} already has a running worker.", file=sys.stderr)
+            print(f"A worker process is already running for {run.path}.", file=sys.stderr)
             return 1
         write_identity(descriptor)
         os.set_inheritable(descriptor, True)

@@ -69,7 +69,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         named = ", ".join(used[:_MOST_NAMED]) + (f" and {len(used) - _MOST_NAMED} more" if len(used) > _MOST_NAMED else "")
         raise ModelError(
             code="tokenizer_too_large",
-            message=f"The tokenizer of {folder} has tokens without an embedding in the model ({rows:,} rows): {named}.",
+            message=f"The tokenizer has tokens for which the model in {folder} has no embedding (its embedding has "
+            f"{rows:,} rows): {named}.",
             hint="Use the model's own tokenizer, or resize the model's embedding.",
             param="base_model",
         )

@@ -64,7 +64,9 @@ class StartRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(
-        min_length=1, max_length=512, description="Path of a folder, name of a model in the models folder, or hub id."
+        min_length=1,
+        max_length=512,
+        description="Path of a folder, name of a model in the models folder, or id on the Hugging Face Hub.",
     )
     engine_kind: EngineKind = EngineKind.LLM
     name: str | None = Field(None, max_length=200, description="Model name in requests; default: the value of `model`.")
@@ -72,7 +74,7 @@ class StartRequest(BaseModel):
     backend: str = Field(
         "auto",
         max_length=64,
-        description="Program that runs the engine; auto: SAGE chooses an installed backend for the model.",
+        description="Backend (program that runs the engine); auto: SAGE chooses an installed backend for the model.",
     )
     restart_policy: RestartPolicy | None = Field(
         None, description="When the engine is restarted automatically; default: `restart_policy` of the gateway's settings."
@@ -97,12 +99,12 @@ class StartRequest(BaseModel):
     on_busy: OnBusy | None = Field(
         None, description="What to do if the memory that the engine needs is not free; default: `on_busy` of the settings."
     )
-    priority: int = Field(0, ge=-100, le=100, description="Engines with a higher number are ahead in the queue.")
+    priority: int = Field(0, ge=-100, le=100, description="Priority in the queue; engines with a higher priority are ahead.")
     devices: list[DeviceId] | None = Field(
         None, min_length=1, max_length=64, description="Devices that the engine may use; default: any."
     )
     memory_gb: float | None = Field(
-        None, gt=0, le=1e6, description="Memory to reserve, in GB (10^9 bytes); default: an estimate from the model."
+        None, gt=0, le=1e6, description="Memory to reserve, in GB (10^9 bytes); default: the memory that SAGE estimates."
     )
     not_before: AwareDatetime | None = Field(None, description="Earliest time to start the engine, with a time zone.")
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the backend or of the training run.")
@@ -140,15 +142,17 @@ class EngineView(BaseModel):
     name: str
     backend: str = Field(description="The program that runs the engine.")
     backend_reason: str | None = Field(
-        None, description="Why `auto` chose the backend; null if the request named a backend."
+        None, description="Why SAGE chose this backend for `auto`; null if the request named a backend."
     )
     state: EngineState
     desired: DesiredState
     restart_policy: RestartPolicy
     on_busy: OnBusy = Field(OnBusy.WAIT, description="What the engine does if the memory that it needs is not free.")
-    priority: int = Field(0, description="Engines with a higher number are ahead in the queue.")
+    priority: int = Field(0, description="Priority in the queue; engines with a higher priority are ahead.")
     not_before: datetime | None = Field(None, description="Earliest time to start the engine.")
-    queue_position: int | None = Field(None, description="Place in the queue, from 1; null if the engine does not wait.")
+    queue_position: int | None = Field(
+        None, description="Position in the queue; 1 is the first position. Null if the engine does not wait."
+    )
     devices: list[str] | None = Field(
         None,
         description="Devices of the engine's server; null if the engine has no server, or if the server may use any device.",
@@ -170,7 +174,9 @@ class EngineView(BaseModel):
     )
     server_id: str | None = Field(None, description="Id of the server process that hosts the engine.")
     address: str | None = Field(None, description="HOST:PORT on which the engine's server listens.")
-    form: str | None = Field(None, description="How the server loads the model, as text for users; example: `merged, int8`.")
+    form: str | None = Field(
+        None, description="Readable description of how the server loads the model; example: `merged, int8`."
+    )
     context_tokens: int | None = Field(None, description="Maximum length of prompt plus answer, in tokens.")
     slots: int | None = Field(None, description="Maximum number of answers that the server generates at the same time.")
     kv_cache_tokens: int | None = Field(
@@ -178,15 +184,15 @@ class EngineView(BaseModel):
     )
     threads: int | None = Field(
         None,
-        description="Number of CPU threads of the engine's server; null if the number is not known, for example because the "
-        "server uses the default of its program.",
+        description="Number of CPU threads of the engine's server; null if the number is not known, for example if the "
+        "backend chooses the number itself.",
     )
     idle_stop_minutes: float | None = Field(None, description="Minutes without requests after which the engine is unloaded.")
     port: int | None = None
     pid: int | None = None
     memory_bytes: int | None = None
     created_at: datetime
-    state_at: datetime = Field(description="Time of the last change of the state.")
+    state_at: datetime = Field(description="When the state of the engine last changed.")
     metadata: dict[str, str] = {}
     task_id: str | None = None
     output_dir: str | None = None
@@ -201,7 +207,7 @@ class EnginePage(BaseModel):
     object: str = "list"
     data: list[EngineView]
     first_id: str | None
-    last_id: str | None = Field(description="Value of `after` for the next page.")
+    last_id: str | None = Field(description="Value to send as `after` to get the next page.")
     has_more: bool
 
 
@@ -210,7 +216,9 @@ class MoveRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    position: int = Field(ge=1, le=1_000_000, description="New place among the waiting engines, from 1.")
+    position: int = Field(
+        ge=1, le=1_000_000, description="New position of the engine in the queue; 1 is the first position."
+    )
 
 
 class EngineQueue(BaseModel):
@@ -239,7 +247,7 @@ class EventPage(BaseModel):
 
     object: str = "list"
     data: list[EngineEvent]
-    last_id: int = Field(description="Value of `after` for the next page.")
+    last_id: int = Field(description="Value to send as `after` to get the next page.")
     has_more: bool
 
 
@@ -265,13 +273,15 @@ class Device(BaseModel):
     uuid: str | None = Field(None, description="NVIDIA's id of the GPU or MIG device.")
     memory_total_bytes: int
     memory_usable_bytes: int | None = Field(
-        None, description="Memory that engines may use. Settings and the limit of a container can reduce this memory."
+        None,
+        description="Memory that engines may use. Settings, and the memory limit of a container, can make it less "
+        "than the total memory.",
     )
     memory_used_bytes: int
     utilization_percent: float | None = None
     temperature_celsius: float | None = None
-    is_mig: bool = Field(False, description="The device is a part of a GPU (multi-instance GPU).")
-    is_fake: bool = Field(False, description="The device does not exist; the setting `fake_devices` defines it.")
+    is_mig: bool = Field(False, description="Whether the device is a partition of a GPU (MIG: multi-instance GPU).")
+    is_fake: bool = Field(False, description="Whether the device is simulated (defined by the setting `fake_devices`).")
     engines: list[DeviceEngine] = []
 
     @computed_field  # type: ignore[prop-decorator]
@@ -287,19 +297,25 @@ class EstimateView(BaseModel):
     object: str = "estimate"
     model: str
     kind: EngineKind
-    backend: str = Field(description="The program that would run the engine.")
-    parts: dict[str, int] = Field(description="Bytes of each part of the memory.")
-    total_bytes: int = Field(description="Peak memory of the engine. This is the sum of the values in `parts`.")
-    least_bytes: int = Field(description="The smallest memory with which the engine can work.")
+    backend: str = Field(description="Name of the backend for which the memory is estimated.")
+    parts: dict[str, int] = Field(
+        description="Estimated memory of each component of the engine (for example `weights`), in bytes."
+    )
+    total_bytes: int = Field(description="Estimated peak memory of the engine, in bytes: the sum of the values in `parts`.")
+    least_bytes: int = Field(description="Minimum memory with which the engine can run, in bytes.")
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
-    fits: bool = Field(description="Whether the free memory of one of the devices is at least `total_bytes`.")
+    fits: bool = Field(
+        description="Whether one of the devices has enough free memory: at least `total_bytes` and `least_bytes`."
+    )
     fitting_samples: int | None = Field(
         None,
         description="For finetune: maximum number of samples in a micro-batch that fits in the free memory, if each sample "
         "has `max_seq_length` tokens.",
     )
     training_seconds: float | None = Field(
-        None, description="For finetune: expected duration of all steps, at the speed of an earlier run on this machine."
+        None,
+        description="For finetune: expected duration of all training steps, in seconds. The duration is "
+        "computed from the speed of an earlier run on this machine.",
     )
 
 
@@ -312,19 +328,23 @@ class BackendView(BaseModel):
     formats: list[str] = Field(description="Model formats that the backend can load.")
     devices: list[str]
     hot_adapters: bool = Field(description="Whether adapters can be loaded and unloaded while the server runs.")
-    quantizes: list[str] = Field(default=[], description="Values of the option `quantize`, in addition to `none`.")
+    quantizes: list[str] = Field(
+        default=[], description="Values of the option `quantize` that the backend supports, in addition to `none`."
+    )
     sleep: bool = Field(description="Whether the server can free its memory and allocate it again without a restart.")
     has_environment: bool = Field(
         description="Whether the backend has its own Python environment, which `sage backend install NAME` installs."
     )
     is_installed: bool
     version: str
-    disk_bytes: int | None = Field(None, description="Size of the backend's environment in bytes.")
+    disk_bytes: int | None = Field(None, description="Disk space of the backend's Python environment, in bytes.")
 
 
 class WebhookResult(BaseModel):
     """The result of a webhook's test message."""
 
     object: str = "webhook"
-    host: str = Field(description="Host of the URL; the rest of the URL can contain secrets.")
-    problem: str | None = Field(None, description="Why the message was not delivered; null if it was delivered.")
+    host: str = Field(
+        description="Host of the webhook's URL. The rest of the URL is omitted, because it can contain secrets."
+    )
+    problem: str | None = Field(None, description="Why the test message was not delivered; null if it was delivered.")

@@ -62,7 +62,11 @@ def all_metrics(measured: Measured, *, is_active: bool, folders: Mapping[str, Pa
     folders: for each value of the label `folder`, a folder on the disk to measure.
     """
     yield InfoMetricFamily("sage_build", "The version of SAGE.", {"version": version("sage-llm-core")})
-    yield GaugeMetricFamily("sage_gateway_active", "1 if this gateway manages its node, 0 on standby.", value=is_active)
+    yield GaugeMetricFamily(
+        "sage_gateway_active",
+        "1 if this gateway is active (manages the engines of its node), 0 if on standby.",
+        value=is_active,
+    )
     yield from _state_metrics(measured)
     yield from _engine_metrics(measured)
     yield from _request_metrics(measured)
@@ -77,10 +81,14 @@ def _state_metrics(measured: Measured) -> Iterator[Metric]:
         for candidate in EngineState:
             number.add_metric([kind, candidate], measured.counts.get((kind, candidate), 0))
     transitions = CounterMetricFamily(
-        "sage_engine_transitions", "Changes of state that this gateway recorded.", labels=("before", "after")
+        "sage_engine_transitions",
+        "Number of changes of engine states that this gateway recorded.",
+        labels=("before", "after"),
     )
     duration = SummaryMetricFamily(
-        "sage_engine_state_duration_seconds", "Time that engines were in a state before they left it.", labels=("state",)
+        "sage_engine_state_duration_seconds",
+        "Time that an engine spent in a state, recorded when the engine leaves the state.",
+        labels=("state",),
     )
     numbers = dict(measured.transitions.numbers)
     for (before, after), count in numbers.items():
@@ -101,13 +109,16 @@ def _state_metrics(measured: Measured) -> Iterator[Metric]:
 
 def _engine_metrics(measured: Measured) -> Iterator[Metric]:
     state = GaugeMetricFamily(
-        "sage_engine_state", "State of an engine, in the label `state`; the value is 1.", labels=(*_LABELS, "state")
+        "sage_engine_state",
+        "The label `state` contains the state of an engine; the value is always 1.",
+        labels=(*_LABELS, "state"),
     )
     memory = GaugeMetricFamily("sage_engine_memory_bytes", "Memory that the processes of an engine use.", labels=_LABELS)
     gpus = GaugeMetricFamily("sage_engine_gpus", "Number of GPUs that an engine uses.", labels=_LABELS)
     restarts = CounterMetricFamily(
         "sage_engine_restarts",
-        "Number of automatic restarts. A start by a user, or 10 minutes without a crash, begins a new count.",
+        "Number of automatic restarts of an engine. The count begins again if a user starts the engine, or after "
+        "10 minutes without a crash.",
         labels=_LABELS,
     )
     cpu = CounterMetricFamily("sage_engine_cpu_seconds", "CPU time of the processes of an engine.", labels=_LABELS)
@@ -126,7 +137,9 @@ def _engine_metrics(measured: Measured) -> Iterator[Metric]:
 
 def _request_metrics(measured: Measured) -> Iterator[Metric]:
     in_progress = GaugeMetricFamily(
-        "sage_engine_requests_in_progress", "Requests from this gateway that an engine is answering.", labels=_LABELS
+        "sage_engine_requests_in_progress",
+        "Number of requests from this gateway that an engine is answering.",
+        labels=_LABELS,
     )
     duration = HistogramMetricFamily(
         "sage_engine_request_duration_seconds",
@@ -161,7 +174,7 @@ def device_metrics(devices: Iterable[Device]) -> Iterator[Metric]:
     """Yield the metrics of devices. For a fake device, the label `kind` is `fake`."""
     used = GaugeMetricFamily("sage_device_memory_used_bytes", "Used memory of a device.", labels=_DEVICE_LABELS)
     total = GaugeMetricFamily("sage_device_memory_total_bytes", "Memory of a device.", labels=_DEVICE_LABELS)
-    load = GaugeMetricFamily("sage_device_utilization_ratio", "Load of a device, 0 to 1.", labels=_DEVICE_LABELS)
+    load = GaugeMetricFamily("sage_device_utilization_ratio", "Utilization of a device, from 0 to 1.", labels=_DEVICE_LABELS)
     temperature = GaugeMetricFamily("sage_device_temperature_celsius", "Temperature of a device.", labels=_DEVICE_LABELS)
     for device in devices:
         labels = [device.node, "fake" if device.is_fake else device.kind, str(device.index)]
@@ -175,8 +188,12 @@ def device_metrics(devices: Iterable[Device]) -> Iterator[Metric]:
 
 
 def _disk_metrics(folders: Mapping[str, Path]) -> Iterator[Metric]:
-    free = GaugeMetricFamily("sage_disk_free_bytes", "Free space on the disk that contains a folder.", labels=("folder",))
-    size = GaugeMetricFamily("sage_disk_size_bytes", "Size of the disk that contains a folder.", labels=("folder",))
+    free = GaugeMetricFamily(
+        "sage_disk_free_bytes", "Free space on the disk that contains the folder in the label `folder`.", labels=("folder",)
+    )
+    size = GaugeMetricFamily(
+        "sage_disk_size_bytes", "Size of the disk that contains the folder in the label `folder`.", labels=("folder",)
+    )
     for label, folder in folders.items():
         usage = shutil.disk_usage(nearest_existing(folder))
         free.add_metric([label], usage.free)

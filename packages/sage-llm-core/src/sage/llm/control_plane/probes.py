@@ -167,7 +167,7 @@ class Prober:
         trouble = f"{type(error).__name__}: {first_line(error)}"
         if target.trouble != trouble:
             target.trouble = trouble
-            logger.warning("%s cannot be observed, retrying", target.engine.id, exc_info=error)
+            logger.warning("%s: the engine cannot be observed, retrying", target.engine.id, exc_info=error)
 
     def _done(self, target: _Target, _: asyncio.Task[None]) -> None:
         target.task = None

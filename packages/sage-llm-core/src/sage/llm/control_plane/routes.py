@@ -34,7 +34,9 @@ class Routes:
         try:
             check_route_name(name)
         except ValueError as error:
-            raise ConfigError(code="config_invalid", message=f"The name of a route {error}.", param="name") from error
+            raise ConfigError(
+                code="config_invalid", message=f"The route name is not allowed: it {error}.", param="name"
+            ) from error
         await self._write(self._store.set_route, name, request.engines, request.fallback, actor="user")
         await self._routing.load_named_routes(self._store)
         return self.get_route(name)

@@ -149,7 +149,7 @@ class Runner:
             async with slots:
                 await self._act(action, observed, server)
         except StaleWrite:
-            logger.debug("%s was changed after it was read; the next plan uses the new version", engine_id)
+            logger.debug("the record of %s was changed after it was read; the next plan uses the new record", engine_id)
         except Exception as error:  # noqa: BLE001 - logged
             await self._note(action, server, error)
         else:
@@ -161,7 +161,7 @@ class Runner:
         trouble = self._troubles.setdefault(engine.id, _Trouble(type(action)))
         if trouble.error != repr(error):
             trouble.error = repr(error)
-            logger.warning("%s: an action failed, retrying", engine.id, exc_info=error)
+            logger.warning("%s: an action on this engine failed, retrying", engine.id, exc_info=error)
         if isinstance(error, OSError | SQLAlchemyError) or is_shortage(error):
             return
         trouble.action, trouble.failures = type(action), trouble.failures + 1
@@ -354,13 +354,13 @@ class Runner:
     async def _write(self, engine: EngineRecord, state: EngineState, **values: Any) -> EngineRecord:
         written: EngineRecord = await self._commit(self._store.transition, engine, state, **values)
         reason = values.get("reason")
-        logger.info("%s: %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
+        logger.info("%s: state %s → %s%s", engine.id, engine.state, state, f": {reason.message}" if reason else "")
         return written
 
     async def _restart(self, engine: EngineRecord, restarts: int, reason: Reason | None, **values: Any) -> EngineRecord:
         queued: EngineRecord = await self._commit(self._store.restart, engine, restarts=restarts, reason=reason, **values)
-        logger.info("%s: %s → %s → %s (restart %d): %s", engine.id, engine.state, EngineState.FAILED, queued.state, restarts,
-                    reason.message if reason else "")  # fmt: skip
+        logger.info("%s: state %s → %s → %s (restart %d): %s", engine.id, engine.state, EngineState.FAILED, queued.state,
+                    restarts, reason.message if reason else "")  # fmt: skip
         return queued
 
     def _held_lease(self) -> Lease:

@@ -14,7 +14,10 @@ def _stops(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     is_list = isinstance(texts, list) and len(texts) <= _MAX_STOPS
     if not is_list or not all(isinstance(text, str) and 0 < len(text) <= _MAX_STOP_CHARACTERS for text in texts):
-        raise ValueError(f"must be text or up to {_MAX_STOPS} texts, each of 1 to {_MAX_STOP_CHARACTERS} characters")
+        raise ValueError(
+            f"must be a text or a list of up to {_MAX_STOPS} texts; each text must have 1 to "
+            f"{_MAX_STOP_CHARACTERS} characters"
+        )
     return texts
 
 

@@ -66,7 +66,7 @@ class Output:
         if answer_format.calls == "other":
             raise ConfigError(
                 code="unsupported_value",
-                message="tools: the format in which this model writes calls cannot be enforced.",
+                message="tools: SAGE cannot enforce the format in which this model writes tool calls.",
                 hint="Omit 'strict', 'parallel_tool_calls' and 'tool_choice'.",
                 param="tools",
             )

@@ -214,9 +214,9 @@ class CompletionRequest(GenerationRequest):
     def sampling(self, default_max_tokens: int) -> Sampling:
         """Return the sampling parameters. Raises ConfigError if fields contradict each other."""
         if self.max_tokens == 0 and not self.echo:
-            raise _refusal("max_tokens", "must be at least 1, or 0 with 'echo': true.")
+            raise _refusal("max_tokens", "must be at least 1; the value 0 is allowed only with 'echo': true.")
         if self.best_of not in (None, self.n or 1):
-            raise _refusal("best_of", "is supported only if it equals n.")
+            raise _refusal("best_of", "must be equal to 'n'.")
         answers = len(self.prompt) * (self.n or 1)
         if answers > MAX_INPUTS:
             raise _refusal("n", f"{answers} answers are requested (n for each prompt); at most {MAX_INPUTS} are allowed.")

@@ -113,10 +113,10 @@ async def _sleep(scope: Message, send: Send) -> None:
     """Answer a request to `/sleep` (release the engine's memory), `/wake_up` (allocate memory again) or `/is_sleeping`."""
     given, key = dict(scope["headers"]).get(b"authorization", b""), os.environ.get("SAGE_SERVER_KEY", "")
     if not key or not hmac.compare_digest(given, f"Bearer {key}".encode()):
-        await _send_error(send, 401, "The key of the server is missing or wrong.", "invalid_api_key")
+        await _send_error(send, 401, "The server key in the request is missing or wrong.", "invalid_api_key")
         return
     if scope["method"] != _SLEEP_METHODS[scope["path"]]:
-        await _send_error(send, 405, "This method is not allowed.", "method_not_allowed")
+        await _send_error(send, 405, "This HTTP method is not allowed.", "method_not_allowed")
         return
     engine, query = scope["app"].state.engine_client, parse_qs(scope["query_string"].decode())
     if scope["path"] == "/sleep":

@@ -37,7 +37,7 @@ def out_of_descriptors(error: BaseException) -> Overloaded | None:
         return Overloaded(
             code="too_many_connections",
             message="The gateway has no file descriptor left for this request.",
-            hint="Retry in some seconds; `ulimit -n` sets the maximum number of descriptors.",
+            hint="Retry in some seconds; `ulimit -n` sets the maximum number of file descriptors.",
         )
     return None
 
@@ -71,7 +71,7 @@ def install(app: FastAPI) -> None:
         if overloaded := out_of_descriptors(error):
             return error_response(overloaded)
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}."
-        return error_response(SageError(code="io_error", message=message, hint="Fix the problem above and retry."))
+        return error_response(SageError(code="io_error", message=message, hint="Fix this problem, then retry."))
 
     @app.exception_handler(SQLAlchemyError)
     async def database(_: Request, error: SQLAlchemyError) -> JSONResponse:

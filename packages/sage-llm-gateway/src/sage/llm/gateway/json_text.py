@@ -99,7 +99,9 @@ def _parse(body: bytes) -> JsonBody:
         raise _too_deep() from error
     except UnicodeEncodeError as error:
         message = "The body has half of a surrogate pair (for example, a broken emoji)."
-        raise Refusal(400, "invalid_unicode", message, "Send both halves of the pair, or remove this half.") from error
+        raise Refusal(
+            400, "invalid_unicode", message, "Send both halves of the surrogate pair, or remove this half."
+        ) from error
     except ValueError as error:
         raise Refusal(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
     if _has_many_brackets(text) and _is_deeper(content, _MAX_DEPTH):

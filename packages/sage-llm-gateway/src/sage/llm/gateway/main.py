@@ -82,7 +82,7 @@ def _arguments(settings: Settings) -> tuple[Settings, bool]:
     parser.add_argument("--host", default=settings.gateway_host, help="address to listen on")
     parser.add_argument("--port", type=int, default=settings.gateway_port, help="port to listen on")
     parser.add_argument(
-        "--standby", action="store_true", help="wait beside the active gateway, and take over if that gateway fails"
+        "--standby", action="store_true", help="run as a standby: wait until the active gateway fails, then take over"
     )
     arguments = parser.parse_args()
     update = {"gateway_host": arguments.host, "gateway_port": arguments.port}

@@ -36,7 +36,7 @@ def install(
 
     from sage.cli import extras, render
 
-    extras.require("sage.llm.control_plane", "An environment on this machine")
+    extras.require("sage.llm.control_plane", "Managing backends on this machine")
     from sage.cli.installing import interruptible, progress
     from sage.llm.control_plane.backends import environments, installation
 
@@ -45,7 +45,7 @@ def install(
         need = (
             f"{render.size(environment.download_bytes)} to download, and {render.size(environment.disk_bytes)} of disk space"
         )
-        typer.echo(f"{environment.requirement} for the device {environments.device()} needs {need}.", err=True)
+        typer.echo(f"Installing {environment.requirement} for the device {environments.device()} needs {need}.", err=True)
         if sys.stdin.isatty() and not yes:
             typer.confirm(f"Install {name} into {environment.folder}?", abort=True, err=True)
     with interruptible(), progress(environment, is_verbose=verbose) as report:
@@ -59,7 +59,7 @@ def remove(name: Name, json_: Json = False) -> None:
     """Delete the environment of a backend. The command fails if an engine uses the backend."""
     from sage.cli import extras
 
-    extras.require("sage.llm.control_plane", "An environment on this machine")
+    extras.require("sage.llm.control_plane", "Managing backends on this machine")
     from sage.llm.control_plane.backends import environments, installation
 
     existed = installation.remove(environments.chosen(name), lambda line: typer.echo(line, err=True))
@@ -72,7 +72,7 @@ def doctor(name: Annotated[str | None, typer.Argument(help="Check only this back
     """Check whether installed backends can run. The exit code is 1 if a backend cannot run."""
     from sage.cli import doctor, extras
 
-    extras.require("sage.llm.control_plane", "An environment on this machine")
+    extras.require("sage.llm.control_plane", "Managing backends on this machine")
     doctor.report(doctor.backends(name), as_json=json_)
 
 
@@ -85,7 +85,7 @@ def benchmark(
     """Measure the speed of each installed backend (takes minutes). New engines without --backend use the fastest backend."""
     from sage.cli import extras
 
-    extras.require("sage.llm.control_plane", "A benchmark of this machine")
+    extras.require("sage.llm.control_plane", "A benchmark of the backends on this machine")
     from dataclasses import asdict
     from datetime import UTC, datetime
 
@@ -97,7 +97,9 @@ def benchmark(
     if measured:
         date = datetime.now(UTC).date().isoformat()
         path = speeds.save_speeds(speeds.Speeds(environments.device(), speeds.processor(), model, date, measured))
-        typer.echo(f"Saved in {path}. New engines without --backend use the fastest backend.", err=True)
+        typer.echo(
+            f"The measured speeds are saved in {path}. New engines without --backend use the fastest backend.", err=True
+        )
     if json_:
         _print_json(True, model=model, backends=[asdict(figure) for figure in figures])
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="The backup, for example sage.tar.gz.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="Backup file, for example sage.tar.gz.")]
 Outputs = Annotated[bool, typer.Option("--outputs/--no-outputs", help="Include the output folders of runs.")]
 
 
@@ -61,10 +61,10 @@ def restore(
     with _progress() as begin:
         restored = restore(file.absolute(), force=force, outputs=outputs, begin=begin)
     for folder in restored.set_aside:
-        typer.echo(f"The previous folder is now {folder}.", err=True)
+        typer.echo(f"An existing folder was renamed to {folder}.", err=True)
     for folder in restored.skipped:
         typer.echo(f"{folder} exists already and was not changed.", err=True)
-    typer.echo(f"{file} is restored. Start the engines: `sage gateway start`.", err=True)
+    typer.echo(f"The backup {file} is restored. To start the gateway and its engines: `sage gateway start`.", err=True)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,9 @@ def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(help="Folder that contains a model (safetensors or GGUF) or an adapter.")],
-    name: Annotated[str | None, typer.Option(help="New name, such as org/name; default: the folder's name.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the imported model, for example org/name; default: the folder's name.")
+    ] = None,
 ) -> None:
     """Check a model and copy it into the models folder."""
     from sage.libs.models.catalog import import_model
@@ -71,16 +73,18 @@ class Precision(StrEnum):
 
 @app.command("export")
 def export(
-    source: Annotated[str, typer.Argument(metavar="ENGINE_OR_FOLDER", help="Engine id, folder, or model name.")],
+    source: Annotated[
+        str, typer.Argument(metavar="ENGINE_OR_FOLDER", help="What to export: engine id, folder, or model name.")
+    ],
     format_: Annotated[
         Format,
         typer.Option(
             "--format",
-            help="adapter: PEFT's format; merged: safetensors (an adapter is merged into its base); gguf: a file for "
-            "llama.cpp; openvino: files for OpenVINO GenAI; ollama: a GGUF file and a Modelfile.",
+            help="Export format. adapter: PEFT's format; merged: safetensors (an adapter is merged into its base model); "
+            "gguf: a file for llama.cpp; openvino: files for OpenVINO GenAI; ollama: a GGUF file and a Modelfile.",
         ),
     ],
-    output: Annotated[Path, typer.Option(help="New folder for the result.")],
+    output: Annotated[Path, typer.Option(help="New folder for the exported files.")],
     quantize: Annotated[
         Precision | None,
         typer.Option(

@@ -54,7 +54,8 @@ def parse_record(record: Any) -> Parsed:
         raise RecordError("'chosen' and 'rejected' are only for the methods dpo and orpo.", "Select a method with --method.")
     raise RecordError(
         f"no known format has the fields {names}.",
-        "Use messages (OpenAI), conversations (ShareGPT), instruction and output (Alpaca), prompt and completion, or text.",
+        "Use the fields of one format: messages (OpenAI); conversations (ShareGPT); instruction and output (Alpaca); "
+        "prompt and completion; text.",
     )
 
 
@@ -64,7 +65,7 @@ def present_fields(record: Any) -> dict[str, Any]:
         raise RecordError(f"a JSON object is expected, found {kind_of(record)}.")
     present = {key: value for key, value in record.items() if value is not None}
     if media := [name for name in _MEDIA if unpacked(present.get(name))]:
-        raise RecordError(f"'{media[0]}' is not supported: only text can be trained on.", "Remove the record.")
+        raise RecordError(f"the field '{media[0]}' is not supported: only text can be trained on.", "Remove the record.")
     return present
 
 

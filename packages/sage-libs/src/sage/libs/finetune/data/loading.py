@@ -109,7 +109,7 @@ def _read_jsonl(path: Path, file: io.BufferedReader) -> Iterator[Item]:
             yield Fault(origin, f"not UTF-8 at byte {error.start + 1}.", _AS_UTF8)
         except (ValueError, RecursionError) as error:
             if index == 0 and isinstance(error, json.JSONDecodeError) and _is_multiline(line):
-                yield Fault(origin, "the first record is written over several lines.", _ONE_A_LINE)
+                yield Fault(origin, "the first record spans several lines.", _ONE_A_LINE)
                 return
             yield Fault(origin, f"not valid JSON: {json_problem(error)}.", "Fix or remove the line.")
         else:
@@ -184,7 +184,11 @@ def _read_csv(path: Path, file: io.BufferedReader) -> Iterator[Item]:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            yield Fault(origin, f"not valid CSV: {error}.", 'Close quoted cells, and write "" for a quote inside a cell.')
+            yield Fault(
+                origin,
+                f"not valid CSV: {error}.",
+                'End each quoted cell with a quote, and write "" for a quote inside a cell.',
+            )
             return
         if row is None:
             return

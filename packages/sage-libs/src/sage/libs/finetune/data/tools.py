@@ -46,7 +46,7 @@ def tool_calls_of(message: Mapping[str, Any], where: str, ignored: list[str]) ->
     """
     if "function_call" in message:
         if message.get("tool_calls"):
-            raise RecordError(f"{where} has tool_calls and function_call.", "Remove function_call.")
+            raise RecordError(f"{where} has both tool_calls and function_call.", "Remove function_call.")
         return called_functions(message["function_call"], f"{where}.function_call", ignored)
     calls = list_of(message.get("tool_calls") or [], f"{where}.tool_calls")
     return [_call(call, f"{where}.tool_calls[{index}]", ignored) for index, call in enumerate(calls)]

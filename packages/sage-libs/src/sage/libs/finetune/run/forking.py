@@ -65,7 +65,7 @@ def checkpoint_to_fork(parent: RunDirectory, step: int | None) -> Checkpoint:
     kept = ", ".join(str(checkpoint.step) for checkpoint in found)
     raise NotFound(
         code="checkpoint_not_found",
-        message=f"{parent.path.name} has no checkpoint{'' if step is None else f' of step {step}'}.",
+        message=f"The run {parent.path.name} has no checkpoint{'' if step is None else f' of step {step}'}.",
         hint=f"The run has checkpoints of the steps {kept}." if kept else "Wait until the run has saved a checkpoint.",
         param="step",
     )
@@ -86,7 +86,7 @@ def copy_history(parent: RunDirectory, checkpoint: Checkpoint, child: RunDirecto
             raise
         raise NotFound(
             code="checkpoint_not_found",
-            message=f"{parent.path.name} has removed its checkpoint of step {checkpoint.step}.",
+            message=f"The run {parent.path.name} has removed its checkpoint of step {checkpoint.step}.",
             hint="Fork a newer checkpoint, or omit the step to use the newest one.",
             param="step",
         ) from error

@@ -76,7 +76,7 @@ def _split(config: FinetuneConfig, reader: "_Reader") -> tuple[Mixture, Sequence
         raise DatasetError(
             code="dataset_empty",
             message="The dataset weights are so small that no sample is selected.",
-            hint="Increase one of the weights.",
+            hint="Increase the weight of at least one dataset.",
             param="dataset_path",
         )
     return train, reader.read(Path(config.eval_path), "validation") if config.eval_path else Mixture(heldout)
@@ -95,7 +95,7 @@ class _Reader:
             self.report.warn(
                 f"{path} ({counted(samples.stats.samples, 'sample')}): truncated "
                 f"{counted(samples.stats.truncated, 'sequence')} to {self.max_seq_length} tokens, and dropped "
-                f"{counted(samples.stats.dropped, 'sequence')}, because nothing of the answer is left."
+                f"{counted(samples.stats.dropped, 'sequence')} whose answer is entirely beyond this limit."
             )
         self.report.findings(Findings(samples.stats.findings), path)
         return samples

@@ -88,7 +88,8 @@ class TrainingRun:
             self.estimated_bytes, self.is_scarce = self._report_estimate(plan)
         if self.base.adapter:
             self.report.progress(
-                f"the adapter in {self.base.adapter} is trained further, with its own rank, scaling and modules"
+                f"training continues from the adapter in {self.base.adapter}, with the rank, scaling and modules of this "
+                "adapter"
             )
 
     def _report_estimate(self, plan: MemoryPlan) -> tuple[int, bool]:
@@ -153,10 +154,12 @@ class TrainingRun:
                 load_weights(self.loaded.model, checkpoint.path)
             self._export(step, None)
             self.run.append_event(StoppedEvent(step=step, output_dir=self.config.output_dir))
-            logger.info("stopped at step %d; the result so far is in %s", step, self.config.output_dir)
+            logger.info(
+                "training stopped at step %d; the weights of this step are in the folder %s", step, self.config.output_dir
+            )
             return
         if step < self._total_steps():
-            logger.info("stopped early: %d evaluations without improvement", self.heldout.patience)
+            logger.info("training ended early, because %d evaluations in a row showed no improvement", self.heldout.patience)
         best = self.heldout.best_step
         is_earlier = self.config.keep_best and best is not None and best != step
         if best and is_earlier and (checkpoint := best_checkpoint(self.run, best, self.report.warn)):
@@ -165,7 +168,7 @@ class TrainingRun:
         loss = self.heldout.losses.get(step)
         self._export(step, loss)
         self.run.append_event(FinishedEvent(step=step, output_dir=self.config.output_dir, heldout_loss=loss))
-        logger.info("finished; the result of step %d is in %s", step, self.config.output_dir)
+        logger.info("training finished; the result (from step %d) is in the folder %s", step, self.config.output_dir)
 
     def _train(self, checkpoint: str | None) -> int:
         trainer = self._trainer()

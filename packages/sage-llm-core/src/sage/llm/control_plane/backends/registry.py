@@ -103,7 +103,7 @@ def _quantizing(quantize: str, candidates: Sequence[Backend]) -> list[Backend]:
     raise ConfigError(
         code="backend_unusable",
         message=f"{' and '.join(backend.name for backend in candidates)} cannot quantize a model to {quantize}.",
-        hint=f"Omit --quantize, or use a backend for llm engines that can quantize to {quantize}: {able}.",
+        hint=f"Omit --quantize, or start an llm engine with one of these backends: {able}.",
         param="quantize",
     )
 
