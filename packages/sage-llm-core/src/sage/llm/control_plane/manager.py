@@ -279,7 +279,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
                     if not await self._pool.run(self._store.is_server_needed, server_id_of(engine), engine_id):
                         await executor.remove(engine)
                 except (SageError, OSError) as error:
-                    logger.warning("%s was removed, but its files cannot be removed: %s", engine_id, error)
+                    logger.warning("engine %s was removed, but its files cannot be removed: %s", engine_id, error)
                 return
         raise busy(engine_id)
 
