@@ -78,7 +78,7 @@ def test_a_resumed_run_with_an_8_bit_base_gives_bit_identical_results(tiny_model
     assert parts.losses() == whole.losses()
     assert parts.adapter_bytes() == whole.adapter_bytes()
     *_, started = parts.events("started")
-    assert started["precision"] == "fp32: as before the run was resumed; 8-bit base"
+    assert started["precision"] == "fp32: chosen before the run was resumed; 8-bit base"
     assert "int8: 10 of 10 weights quantized" in started["kernels"]
     assert len(whole.events("sample")) == 2
     metrics = whole.run_file()["metrics"]

@@ -108,7 +108,7 @@ def test_a_name_that_is_invalid_for_a_folder_is_an_unknown_model(name: str, tmp_
 
 
 def test_the_error_for_a_missing_base_names_the_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="is an adapter whose base is missing"):
+    with pytest.raises(ModelNotFound, match=r"base model of the adapter in .* is missing"):
         resolve_model(str(adapter(tmp_path / "a", "org/unknown")))
 
 
@@ -119,7 +119,7 @@ def test_the_error_for_a_model_that_cannot_be_loaded_names_the_invalid_file(tmp_
     with pytest.raises(ModelError, match=r"model\.safetensors is not a complete safetensors file"):
         resolve_model(str(cut))
     for name, make, said in (
-        ("pickle", lambda f: (f / "pytorch_model.bin").touch(), "pickles"),
+        ("pickle", lambda f: (f / "pytorch_model.bin").touch(), "pickle files"),
         ("claim", lambda f: (f / "sage_run.json").touch(), "has not written its adapter yet"),
         ("empty", lambda f: None, "contains no model"),
         ("nobase", lambda f: (f / "adapter_config.json").write_text("{}"), "no adapter_model.safetensors"),

@@ -32,7 +32,9 @@ def packages() -> Iterator[Finding]:
     unsuitable = [text for name in own for text in _unsuitable(name)]
     if unsuitable:
         remedy = f"Install the packages again: pip install --upgrade {' '.join(own)}."
-        yield Finding("packages", "failed", f"Packages have unsuitable versions: {'; '.join(unsuitable)}.", remedy)
+        yield Finding(
+            "packages", "failed", f"Packages are missing or have unsuitable versions: {'; '.join(unsuitable)}.", remedy
+        )
     else:
         yield Finding("packages", "ok", f"{', '.join(own)}; all dependencies have suitable versions")
 
@@ -70,7 +72,9 @@ def devices() -> Finding:
 def torch() -> Iterator[Finding]:
     """Check that torch can be imported and that it can use the GPU."""
     if importlib.util.find_spec("torch") is None:
-        yield Finding("torch", "warning", "torch is not installed; training and transformers need it.", WITHOUT_LOCAL)
+        yield Finding(
+            "torch", "warning", "torch is not installed; training and the backend transformers need torch.", WITHOUT_LOCAL
+        )
         return
     from sage.libs.finetune import quantization
 

@@ -37,7 +37,7 @@ class FinetuneConfig(BaseModel):
         description="One or more files (.jsonl .json .csv .parquet .arrow) or folders; "
         "with FILE=WEIGHT, each sample of FILE is used WEIGHT times.",
     )
-    output_dir: str = Field(min_length=1, description="New or empty folder for the result.")
+    output_dir: str = Field(min_length=1, description="New or empty folder for the trained adapter or model.")
     finetuning_type: Literal["lora", "full"] = Field(
         "lora", description="lora: train an adapter on a frozen base; full: train all weights (for small models)."
     )
@@ -48,7 +48,9 @@ class FinetuneConfig(BaseModel):
     )
     target_modules: str | list[str] = Field("all-linear", description="Layers that get an adapter.")
     exclude_modules: str | list[str] | None = Field(None, description="Layers excluded from target_modules.")
-    modules_to_save: list[str] | None = Field(None, description="Modules that are fully trained and saved with the adapter.")
+    modules_to_save: list[str] | None = Field(
+        None, description="Modules whose weights are all trained, and are saved with the adapter."
+    )
     use_rslora: bool = Field(False, description="Scale the adapter's output by lora_alpha / sqrt(lora_rank) (rsLoRA).")
     use_dora: bool = Field(
         False, description="Train magnitude and direction of the weights separately (DoRA); training is slower."
@@ -63,7 +65,10 @@ class FinetuneConfig(BaseModel):
         "sft", description="What to learn from: answers (sft), preferences (dpo, orpo, kto), rewards (grpo)."
     )
     beta: float | None = Field(
-        None, ge=0, le=10, description="Weight of the KL or preference term in the loss; default: the default of TRL."
+        None,
+        ge=0,
+        le=10,
+        description="Weight of the KL or preference term in the loss; default: TRL's default for the method.",
     )
     reward_file: str | None = Field(
         None, description="For grpo: Python file that defines `reward(prompts, completions, **columns)`."
@@ -77,7 +82,7 @@ class FinetuneConfig(BaseModel):
     warmup_steps: int = Field(5, ge=0, description="Steps over which the learning rate rises to its peak.")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     neftune_noise_alpha: float | None = Field(
-        None, gt=0, le=100, description="Strength of the noise on the embeddings in training (NEFTune); 5 is common."
+        None, gt=0, le=100, description="Strength of the noise added to the embeddings in training (NEFTune); 5 is common."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
     train_on: Literal["assistant", "last_turn", "all"] = Field(
@@ -103,7 +108,9 @@ class FinetuneConfig(BaseModel):
         description="File or folder with held-out samples. The loss of these samples is measured at least before and after "
         "the training.",
     )
-    eval_split: float = Field(0.0, ge=0, le=0.5, description="Share of the dataset to hold out, if eval_path is not set.")
+    eval_split: float = Field(
+        0.0, ge=0, le=0.5, description="Share of the dataset to hold out for evaluation, if eval_path is not set."
+    )
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations on the held-out samples.")
     early_stopping_patience: int | None = Field(
         None, ge=1, description="Stop if the held-out loss has not improved for this number of evaluations."
@@ -119,7 +126,7 @@ class FinetuneConfig(BaseModel):
     )
     fast_kernels: Literal["auto", "off"] = Field(
         "auto",
-        description="auto: SAGE's own training step, if possible for the model; off: the training step of transformers.",
+        description="auto: use SAGE's own training step where possible; off: always use transformers' training step.",
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = Field(
         "auto", description="Recompute activations instead of storing them; auto: only if memory is insufficient."
@@ -168,7 +175,7 @@ class FinetuneConfig(BaseModel):
         if self.method != "sft" and (given := self._given(_OF_SFT)):
             raise ValueError(f"method {self.method} does not accept {', '.join(given)}")
         if self.method != "sft" and any(source.weight != 1 for source in self.sources):
-            raise ValueError(f"method {self.method} does not support dataset weights")
+            raise ValueError(f"method {self.method} does not support dataset weights (FILE=WEIGHT)")
         if (self.method == "grpo") != bool(self.reward_file):
             raise ValueError("reward_file is required for method grpo, and not accepted for other methods")
         if self.method == "grpo" and self.batch_size * self.gradient_accumulation_steps % self.num_generations:
@@ -180,7 +187,9 @@ class FinetuneConfig(BaseModel):
         if self.streaming and not self.max_steps:
             raise ValueError("streaming needs max_steps, because the number of samples is not known")
         if self.streaming and (self.eval_split or self.num_processes > 1 or any(s.weight != 1 for s in self.sources)):
-            raise ValueError("streaming supports neither eval_split, nor dataset weights, nor several processes")
+            raise ValueError(
+                "streaming does not support eval_split, dataset weights (FILE=WEIGHT), or num_processes above 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -32,7 +32,9 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if getattr(config, "megatron_config", None):
-            raise ValueError("megatron_config is not supported, because PEFT would import a module named in it")
+            raise ValueError(
+                "'megatron_config' is not supported, because PEFT would import the Python module that 'megatron_core' names"
+            )
         config.inference_mode, base_name = not is_trainable, config.base_model_name_or_path
         model = get_peft_model(base, config)
         config.base_model_name_or_path = base_name  # get_peft_model has replaced the name by the local folder
@@ -42,9 +44,9 @@ def attach_adapter(base: PreTrainedModel, folder: Path, *, is_trainable: bool = 
             raise
         raise _unfit(folder, first_line(error)) from error
     if result.unexpected_keys and not config.is_prompt_learning:  # PEFT lists virtual tokens as unexpected keys
-        raise _unfit(folder, f"the base has no layer for the adapter's weight {result.unexpected_keys[0]}")
+        raise _unfit(folder, f"the base model has no layer for the adapter's weight {result.unexpected_keys[0]}")
     if result.missing_keys:
-        raise _unfit(folder, f"the adapter has no weight for {result.missing_keys[0]}")
+        raise _unfit(folder, f"the adapter does not contain the weight {result.missing_keys[0]}")
     assert isinstance(model, PeftModel)
     if not is_trainable:
         _check_finite(folder)
@@ -136,7 +138,7 @@ def _trained_base(folder: Path, found: str) -> str:
             replace_file(private_folder(seen.parent) / key, found.encode())
         return seen.read_text(encoding="utf-8")
     except OSError as error:
-        logger.info("the fingerprint of the base model of %s cannot be saved: %s", folder, error)
+        logger.info("the fingerprint of the base model of the adapter in %s cannot be saved: %s", folder, error)
         return found
 
 
@@ -153,6 +155,6 @@ def _unfit(folder: Path, problem: str) -> ModelError:
     return ModelError(
         code="adapter_unfit",
         message=f"The adapter in {folder} does not fit its base model: {problem}.",
-        hint="'base_model_name_or_path' in adapter_config.json must be the model that the adapter was trained on.",
+        hint="'base_model_name_or_path' in adapter_config.json must name the model that the adapter was trained on.",
         param="model",
     )

@@ -57,7 +57,8 @@ def import_model(folder: Path, name: str) -> Path:
         raise ConfigError(
             code="config_invalid",
             message=f"'{name}' is not a valid name of a model. A name can contain letters, digits, the characters .+-_ and "
-            "one `/`. It must begin with a letter, digit or _ (also after `/`). `finetuned` and `finetuned/…` are reserved.",
+            "one `/`. The name and the part after `/` must begin with a letter, digit or _. "
+            "`finetuned` and `finetuned/…` are reserved.",
             hint="Use a name such as org/name.",
             param="name",
         )

@@ -77,7 +77,7 @@ def _resolve(name: str, depth: int) -> ModelSource:
         raise ModelError(
             code="model_invalid",
             message=f"'{name}' is the base of a chain of more than {_MAX_DEPTH} adapters. Such chains are not supported.",
-            hint="Export the base as a merged model, and use that model as the base.",
+            hint="Export an adapter of the chain with `--format merged`, and use the merged model as the base.",
         )
     if not name.strip():
         raise ModelNotFound(code="model_not_found", message="The name of the model is empty.")
@@ -132,12 +132,13 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
         safetensors_header(weights)
         base_name = json_object(adapter_config).get("base_model_name_or_path")
         if not isinstance(base_name, str):
-            raise _invalid(adapter_config, "contains no base model ('base_model_name_or_path')")
+            raise _invalid(adapter_config, "has no field 'base_model_name_or_path', which must name the base model")
         try:
             base = _resolve(base_name, depth + 1)
         except ModelNotFound as error:
             raise ModelNotFound(
-                code="base_model_not_found", message=f"{folder} is an adapter whose base is missing. {error.message}",
+                code="base_model_not_found",
+                message=f"The base model of the adapter in {folder} is missing. {error.message}",
                 hint=error.hint, param="model",
             ) from error  # fmt: skip
         return ModelSource(name, ModelKind.ADAPTER, folder, base)
@@ -156,11 +157,14 @@ def inspect_folder(folder: Path, name: str, depth: int = 0) -> ModelSource:
         hint = "`sage llm engine list` shows whether the run is finished."
         raise _invalid(folder, "belongs to a training run that has not written its adapter yet", hint)
     if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
-        raise _invalid(folder, "has its weights in pickles, which can run code when loaded; convert them to safetensors")
+        raise _invalid(
+            folder,
+            "has its weights in pickle files, which can run code when they are loaded; convert the weights to safetensors",
+        )
     raise _invalid(
         folder,
-        "contains no model: config.json with *.safetensors, an adapter, or one *.gguf is needed",
-        "Give the folder that has these files, or a name from `sage llm model list`.",
+        "contains no model. A model folder contains an adapter, one *.gguf file, or config.json and *.safetensors files",
+        "Give a folder with a model, or a name from `sage llm model list`.",
     )
 
 
@@ -173,7 +177,7 @@ def _check_shards(folder: Path) -> None:
             else []
         )
         if missing:
-            raise _invalid(index, f"lists {missing[0]}, which is missing; copy or download this file")
+            raise _invalid(index, f"lists {missing[0]}, but this file is missing; copy or download the missing file")
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:

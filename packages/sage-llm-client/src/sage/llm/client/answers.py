@@ -68,7 +68,8 @@ def not_a_gateway(problem: str) -> GatewayUnreachable:
     """Return the error for an answer that does not come from a gateway of this version."""
     return GatewayUnreachable(
         code="not_a_gateway",
-        message=f"The program at this address is not a SAGE gateway, or is a gateway of another version: {problem}.",
+        message="The program at the gateway's address is not a SAGE gateway, or is a gateway of another version: "
+        f"{problem}.",
         hint="`sage gateway status` shows the gateway's address; SAGE_GATEWAY_HOST and SAGE_GATEWAY_PORT set the address.",
     )
 

@@ -83,7 +83,7 @@ class LeaseKeeper:
             self._renewed_seconds, self._trouble = began_seconds, ""
         except Exception as error:
             if repr(error) != self._trouble:
-                logger.warning("the lease cannot be renewed, retrying", exc_info=error)
+                logger.warning("the lease of this node cannot be renewed, retrying", exc_info=error)
             self._trouble = repr(error)
         self._report()
 

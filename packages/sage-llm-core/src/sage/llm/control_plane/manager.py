@@ -261,7 +261,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
             if engine.state not in SETTLED:
                 raise still_running(engine_id, f"is {engine.state}", "Stop the engine first: `sage llm engine stop {}`.")
             if serving := await self._serving_a_checkpoint(engine):
-                raise still_running(engine_id, f"has a checkpoint that {serving} serves", f"Stop {serving} first.")
+                raise still_running(
+                    engine_id, f"has a checkpoint that the engine {serving} serves", f"Stop {serving} first."
+                )
             if self._runner.validator.is_running(engine_id):
                 raise still_running(engine_id, "is still being validated", "Retry in some seconds.")
             handle = executor.plan_server(engine).handle
@@ -277,7 +279,7 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
                     if not await self._pool.run(self._store.is_server_needed, server_id_of(engine), engine_id):
                         await executor.remove(engine)
                 except (SageError, OSError) as error:
-                    logger.warning("%s was removed, but its files cannot be removed: %s", engine_id, error)
+                    logger.warning("engine %s was removed, but its files cannot be removed: %s", engine_id, error)
                 return
         raise busy(engine_id)
 
@@ -310,7 +312,8 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
                 raise paused(route.engine_id, route.paused_by)
             left_seconds = deadline_seconds - time.monotonic()
             if left_seconds <= 0:
-                raise Overloaded(code="engine_starting", message=f"{route.engine_id} for '{model}' is still {route.state}.",
+                raise Overloaded(code="engine_starting",
+                                 message=f"The engine {route.engine_id} for '{model}' is still {route.state}.",
                                  hint="Retry in some seconds.")  # fmt: skip
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_seconds):

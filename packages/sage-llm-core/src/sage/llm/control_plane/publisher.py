@@ -76,7 +76,12 @@ class Publisher:
         return time.monotonic() - since_seconds >= _RETRY_SECONDS
 
     async def _give_up(self, run: EngineRecord, serve: ServedRun, step: int | None, error: Exception) -> None:
-        logger.warning("%s: %s is not served: %s", run.id, f"the checkpoint of step {step}" if step else "the result", error)
+        logger.warning(
+            "training run %s: %s cannot be served: %s",
+            run.id,
+            f"the checkpoint of step {step}" if step else "the result",
+            error,
+        )
         await self._revise(run, serve=serve.published(step, serve.engine_id).model_dump())
 
     async def _version(self, run: EngineRecord, step: int | None) -> str:
@@ -114,7 +119,7 @@ class Publisher:
         noted = serve.published(step, engine.id).model_dump()
         added = await self._write(self._store.add, engine, notes=(run, {"serve": noted}), replaces=replaced)
         self._routing.apply(added, None)
-        logger.info("%s: %s serves the run as '%s'", run.id, added.id, added.name)
+        logger.info("training run %s: engine %s serves this run as '%s'", run.id, added.id, added.name)
 
     async def _replace(self, engine: EngineRecord, model: str, *, is_result: bool) -> None:
         if engine.state is EngineState.VALIDATING:  # the validation in progress checks the older version

@@ -65,7 +65,9 @@ def no_run(engine: EngineRecord) -> Conflict:
 def still_validating(engine_id: str) -> Conflict:
     """Return the error for a change of a run that is being validated."""
     return Conflict(
-        code="not_training", message=f"{engine_id} is still being validated.", hint="Retry when it is queued or running."
+        code="not_training",
+        message=f"{engine_id} is still being validated.",
+        hint="Retry when the run is queued or running.",
     )
 
 
@@ -74,7 +76,7 @@ def other_node(engine: EngineRecord) -> Conflict:
     return Conflict(
         code="other_node",
         message=f"{engine.id} belongs to node {engine.node}, and this gateway manages another node.",
-        hint=f"Send the request to the gateway of {engine.node}.",
+        hint=f"Send the request to the gateway of node {engine.node}.",
     )
 
 
@@ -105,6 +107,6 @@ def ended(engine_id: str, model: str, state: EngineState, reason: Reason | None)
     why = f": {reason.message}" if reason else "."
     return Overloaded(
         code="engine_ended",
-        message=f"{engine_id} for '{model}' is {state}{why}",
+        message=f"The engine {engine_id} for '{model}' is {state}{why}",
         hint=f"`sage llm engine resume {engine_id}` starts the engine again.",
     )

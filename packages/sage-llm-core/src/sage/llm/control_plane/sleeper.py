@@ -57,7 +57,7 @@ class Sleeper:
         try:
             await self._client.sleep(server)
         except EngineError as error:
-            logger.warning("%s: its server is stopped instead of sleeping: %s", engine.id, error.message)
+            logger.warning("the server of engine %s cannot sleep, so it is stopped: %s", engine.id, error.message)
             await self._update(server, state=ServerState.CLOSING)
             return
         kept_bytes = registry.serving(server.backend).capabilities.asleep_bytes or 0
@@ -65,7 +65,7 @@ class Sleeper:
         reason = reason_of_stop(engine)
         paused = await self._write(self._store.transition, engine, EngineState.PAUSED, reason=reason)
         self._routing.apply(paused, None)
-        logger.info("%s: paused, and %s sleeps", engine.id, server.id)
+        logger.info("engine %s is paused, and its server %s sleeps", engine.id, server.id)
 
     async def _wake(self, engine: EngineRecord, server: ServerRecord) -> None:
         """Wake a server. If the server cannot wake, kill its process, so that the next plan launches a new process."""
@@ -73,7 +73,7 @@ class Sleeper:
         try:
             await self._client.wake(server)
         except EngineError as error:
-            logger.warning("%s: the server cannot be woken, so it is started again: %s", engine.id, error.message)
+            logger.warning("the server of engine %s cannot be woken, so it is started again: %s", engine.id, error.message)
             await self._launcher.signal(server.handle, Signal.KILL)
             return
         self._routing.apply(engine, await self._update(server, state=ServerState.LAUNCHED))
@@ -95,7 +95,7 @@ class Sleeper:
         try:
             await self._kill_or_remove(server)
         except (SageError, OSError, SQLAlchemyError, StaleWrite) as error:
-            logger.debug("%s: it cannot be ended now, retrying: %s", server.id, error)
+            logger.debug("the sleeping server %s cannot be ended now, retrying: %s", server.id, error)
 
     async def _kill_or_remove(self, server: ServerRecord) -> None:
         process = (await self._launcher.observe([server.handle])).get(server.handle)

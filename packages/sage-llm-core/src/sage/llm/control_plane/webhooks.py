@@ -107,11 +107,19 @@ class Webhooks:
         host = _host(self._urls[message.endpoint])
         if problem and message.attempts < len(self._delays_seconds):
             delay_seconds = self._delays_seconds[message.attempts]
-            logger.warning("webhook %s to %s failed, retry in %g s: %s", message.id, host, delay_seconds, problem)
+            logger.warning(
+                "webhook message %s to host %s failed, retry in %g s: %s", message.id, host, delay_seconds, problem
+            )
             await self._pool.run(self._store.count_attempt, message)
             return delay_seconds
         if problem:
-            logger.error("webhook %s to %s failed %d times, giving up: %s", message.id, host, message.attempts + 1, problem)
+            logger.error(
+                "webhook message %s to host %s failed %d times, giving up: %s",
+                message.id,
+                host,
+                message.attempts + 1,
+                problem,
+            )
         await self._pool.run(self._store.remove_message, message)
         return None
 

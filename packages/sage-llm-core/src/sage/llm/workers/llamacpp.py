@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="Default: precision of the GGUF file, or f32 if the model has another format.",
+        help="Precision of the weights. Default: the precision of the GGUF file, or f32 if the model is not a GGUF file.",
     )
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--context-tokens", type=int)

@@ -46,7 +46,7 @@ def check_access(path: str, headers: RawHeaders, key: str | None) -> None:
             raise Unauthorized(
                 code="invalid_api_key",
                 message="The API key is missing or wrong.",
-                hint="Send the header 'Authorization: Bearer KEY'; for the command line, set SAGE_API_KEY.",
+                hint="Send the header 'Authorization: Bearer KEY'; for `sage` commands, set SAGE_API_KEY.",
             )
 
 

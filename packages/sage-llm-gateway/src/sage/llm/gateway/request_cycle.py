@@ -49,9 +49,9 @@ class RequestCycle:
         try:
             await app(self._scope, self.receive, self.send)
         except asyncio.CancelledError:
-            logger.info("%s was interrupted, because the gateway stops", self._scope["path"][:200])
+            logger.info("the request to %s was interrupted, because the gateway stops", self._scope["path"][:200])
         except BaseException:  # no other code logs the failure
-            logger.exception("%s failed", self._scope["path"][:200])
+            logger.exception("the request to %s failed", self._scope["path"][:200])
         if not self.response_complete and not self.disconnected:
             self._transport.close()
 
@@ -136,7 +136,7 @@ class RequestCycle:
         else:
             self._left_bytes -= len(body)
             if self._left_bytes < 0 or (self._left_bytes and not more_body):
-                raise ValueError("The answer does not have the announced length.")
+                raise ValueError("The length of the answer differs from its Content-Length header.")
             self._transport.write(self._held_head + body)
             self._held_head = b""
         if not more_body:

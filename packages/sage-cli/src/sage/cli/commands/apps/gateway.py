@@ -52,7 +52,9 @@ def status(json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
 
 
 @app.command("logs")
-def logs(tail: Annotated[int, typer.Option(min=0, help="Number of lines to print, from the end.")] = 100) -> None:
+def logs(
+    tail: Annotated[int, typer.Option(min=0, help="Number of lines to print, counted from the end of the log.")] = 100,
+) -> None:
     """Print the log of the gateway that runs in the background."""
     from sage.cli import daemon
     from sage.common.logs import tail_lines

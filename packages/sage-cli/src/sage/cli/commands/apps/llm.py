@@ -17,7 +17,7 @@ app.add_typer(dataset.app, name="dataset", help="Check and show datasets.")
 @app.command("fine-tune")
 @with_training_options
 def fine_tune(
-    base_model: Annotated[str, typer.Option(help="Folder, name in the models folder, or hub id.")],
+    base_model: Annotated[str, typer.Option(help="Model to train: folder, name in the models folder, or hub id.")],
     serve: engine.Serve = False,
     serve_as: engine.ServeAs = None,
     serve_checkpoints: engine.ServeCheckpoints = False,
@@ -41,9 +41,11 @@ def fine_tune(
 @app.command("estimate")
 @with_training_options
 def estimate(
-    model: Annotated[str, typer.Argument(help="Folder, name in the models folder, or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: folder, name in the models folder, or hub id.")],
     engine_kind: Annotated[engine.Kind, typer.Option(help="Kind of engine.")] = engine.Kind.llm,
-    backend: Annotated[str | None, typer.Option(help="Program that would run the engine; default: the fastest one.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Backend to assume for the estimate; default: the fastest backend.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[int | None, typer.Option(help="For llm: maximum tokens of prompt plus answer.")] = None,
     slots: Annotated[int | None, typer.Option(help="For llm: maximum number of answers generated at the same time.")] = None,

@@ -13,13 +13,15 @@ _MAX_DIGITS = 7
 
 @app.command("set")
 def set_(
-    name: Annotated[str, typer.Argument(help="Model name that requests use.")],
+    name: Annotated[str, typer.Argument(help="Name of the route. Requests give this name as the model.")],
     engines: Annotated[
         list[str],
-        typer.Argument(metavar="ENGINE[=WEIGHT]…", help="Engine ids, names or models; WEIGHT: relative share of requests."),
+        typer.Argument(
+            metavar="ENGINE[=WEIGHT]…", help="Id, name or model of each engine; WEIGHT: relative share of the requests."
+        ),
     ],
     fallback: Annotated[
-        str | None, typer.Option(metavar="ENGINE", help="Engine to use if no other engine can answer.")
+        str | None, typer.Option(metavar="ENGINE", help="Engine to use if no other engine of the route can answer.")
     ] = None,
     json_: Json = False,
 ) -> None:
@@ -47,7 +49,9 @@ def _weight(text: str) -> tuple[str, int]:
         return text, 1
     if not engine or not weight.isdecimal() or len(weight) > _MAX_DIGITS:
         raise ConfigError(
-            code="config_invalid", message=f"'{text}' is not ENGINE or ENGINE=WEIGHT.", hint="Example: assistant=90"
+            code="config_invalid",
+            message=f"'{text}' does not have the form ENGINE or ENGINE=WEIGHT.",
+            hint="Example: assistant=90",
         )
     return engine, int(weight)
 

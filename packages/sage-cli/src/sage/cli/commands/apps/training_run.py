@@ -34,7 +34,7 @@ def update(
     accepted = client.change_training(engine_id, **{name: value for name, value in given.items() if value is not None})
     engine = client.get_engine(engine_id)
     if engine.state not in ("queued", "starting", "running"):
-        typer.echo(f"{engine_id} is {engine.state}. The options change when it is resumed.", err=True)
+        typer.echo(f"{engine_id} is {engine.state}. The options change when the run is resumed.", err=True)
     elif wait:
         typer.echo(waiting.until_changed(client, engine_id, accepted.revision))
 
@@ -42,9 +42,11 @@ def update(
 @app.command("fork")
 def fork(
     engine_id: EngineId,
-    output: Annotated[str, typer.Option(help="Folder to write the result to.")],
-    step: Annotated[int | None, typer.Option(min=1, help="Step of the checkpoint; default: the newest checkpoint.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the new engine; default: the name of ENGINE.")] = None,
+    output: Annotated[str, typer.Option(help="New or empty folder for the trained adapter or model.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Step of the checkpoint to continue from; default: the newest checkpoint.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the new engine; default: the same name as ENGINE.")] = None,
     learning_rate: LearningRate = None,
     lr_scheduler: Annotated[str | None, typer.Option(help="Schedule of the learning rate.")] = None,
     max_steps: MaxSteps = None,

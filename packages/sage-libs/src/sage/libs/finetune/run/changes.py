@@ -102,7 +102,7 @@ def check_change(task_id: str, config: FinetuneConfig, status: RunStatus, option
         raise Conflict(
             code="run_completed",
             message=f"{task_id} is completed, so its options cannot be changed.",
-            hint="To continue from one of its checkpoints with other options, fork the run.",
+            hint="To continue from a checkpoint of this run with other options, use `sage llm engine fork`.",
         )
     if not options.model_dump(exclude_none=True):
         raise _refused(
@@ -120,7 +120,7 @@ def check_change(task_id: str, config: FinetuneConfig, status: RunStatus, option
         )  # fmt: skip
     if options.early_stopping_patience and not config.eval_steps:
         raise _refused(
-            f"early_stopping_patience needs eval_steps, and {task_id} has none.",
+            f"early_stopping_patience needs eval_steps, but {task_id} was started without eval_steps.",
             "Start a new run with held-out samples and eval_steps.", "early_stopping_patience",
         )  # fmt: skip
 

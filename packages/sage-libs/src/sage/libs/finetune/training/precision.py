@@ -74,7 +74,9 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     if begun.bf16 is not None:
         is_int8 = bool(begun.int8_products)
         held = "8-bit base" if is_int8 else held
-        return Precision(begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "as before the run was resumed", held)
+        return Precision(
+            begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "chosen before the run was resumed", held
+        )
     if asked is False or (asked and not may_mix):
         return Precision(asked, asked, base_bits, False, "set by --precision", held)
     products, measured = _fastest()
@@ -98,7 +100,8 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
             raise ConfigError(
                 code="bitsandbytes_missing",
                 message=f"quantization={config.quantization} needs bitsandbytes, which is not installed.",
-                hint="Install it in SAGE's environment (`pip install 'sage-libs[quantization]'`), or omit --quantization.",
+                hint="Install bitsandbytes (in SAGE's environment: `pip install 'sage-libs[quantization]'`), or omit "
+                "--quantization.",
                 param="quantization",
             )
         return int(config.quantization[0]), f"{config.quantization} base (bitsandbytes)"

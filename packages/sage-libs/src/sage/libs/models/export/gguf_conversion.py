@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--precision", choices=PRECISIONS, required=True)
-    parser.add_argument("--packages", type=Path, required=True, help="Folder that contains the converter.")
+    parser.add_argument("--packages", type=Path, required=True, help="Folder that contains llama.cpp's converter.")
     parser.add_argument("--end-tokens", type=json.loads, required=True)
     parser.add_argument("--begins-with-bos", action="store_true")
     given = parser.parse_args()

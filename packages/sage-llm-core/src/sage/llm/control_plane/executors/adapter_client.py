@@ -55,7 +55,7 @@ class AdapterClient:
         """Change the number of CPU threads of one of SAGE's servers. Raises OSError."""
         answer = await self._post(server, "threads", _THREADS_SECONDS, threads=threads)
         if answer.is_error:
-            raise OSError(f"{server.id} failed to change its threads: {_message(answer)}")
+            raise OSError(f"{server.id} failed to change its number of CPU threads: {_message(answer)}")
 
     async def warm_up(self, server: ServerRecord, name: str) -> None:
         """Let a model generate one token. Raises EngineError if this fails, and OSError if the result is not known."""
@@ -68,7 +68,7 @@ class AdapterClient:
         async with self._turns.setdefault(server.id, asyncio.Lock()):
             answer = await self._post(server, "unload_lora_adapter", _UNLOAD_SECONDS, lora_name=name)
             if answer.is_error and name in await self.loaded(server):
-                raise OSError(f"{server.id} failed to unload {name}: {_message(answer)}")
+                raise OSError(f"{server.id} failed to unload the adapter {name}: {_message(answer)}")
 
     async def loaded(self, server: ServerRecord) -> frozenset[str]:
         """Return the names of the models that a server has loaded. Raises OSError."""
