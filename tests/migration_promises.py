@@ -158,7 +158,7 @@ class MigrationPromises:
         database = open_database(database_url)
         with database.begin() as connection:
             connection.execute(text("UPDATE alembic_version SET version_num = '0099'"))
-        message = f"has schema 0099; this version of SAGE supports at most {REVISIONS[-1]}"
+        message = f"has schema 0099; this version of SAGE supports at most schema {REVISIONS[-1]}"
         with pytest.raises(ConfigError, match=message) as caught:
             open_database(database_url)
         assert caught.value.code == "database_newer"

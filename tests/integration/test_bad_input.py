@@ -175,7 +175,7 @@ def test_two_runs_do_not_share_an_output_folder(tiny_model: Path, tmp_path: Path
     assert "is being written by task-" in done.stderr
     sage("llm", "engine", "stop", first)
     done = sage(*finetune(tiny_model, SAMPLES, out), check=1)
-    assert "contains the result of task-" in done.stderr
+    assert "contains the result of the run task-" in done.stderr
     done = sage("llm", "engine", "stop", first)
     assert "was already stopped" in done.stdout
 

@@ -90,7 +90,7 @@ def test_the_gateway_of_another_home_is_not_used_unless_an_api_key_is_set(
         user.setenv("SAGE_HOME", str(tmp_path / "other-home"))
         for arguments in (("gateway", "status"), ("llm", "engine", "list")):
             stderr = sage(*arguments, check=3).stderr
-            assert f"belongs to another SAGE_HOME (PID {theirs}, user " in stderr
+            assert f"uses another SAGE_HOME folder. Gateway process: PID {theirs}, user " in stderr
             assert "set SAGE_GATEWAY_PORT" in stderr
         assert "Address already in use" in refused()
         user.setenv("SAGE_API_KEY", "the-key-of-a-shared-one")

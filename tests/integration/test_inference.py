@@ -85,7 +85,7 @@ def test_openai_s_own_client_works(tiny_model: Path, client: openai.OpenAI) -> N
     floats = client.embeddings.create(model="all-minilm-l6-v2", input="a cat", encoding_format="float")
     torch.testing.assert_close(torch.tensor(floats.data[0].embedding), cat, rtol=1e-4, atol=1e-5)
 
-    with pytest.raises(openai.NotFoundError, match="available: tiny") as not_found:
+    with pytest.raises(openai.NotFoundError, match="available engines: tiny") as not_found:
         client.chat.completions.create(model="gpt-5", messages=HELLO)
     assert not_found.value.code == "model_not_found"
     for wrong in ({"temperature": 9}, {"n": 0}, {"top_logprobs": 3}, {"max_tokens": 0}, {"extra_body": {"guided_json": {}}}):

@@ -235,7 +235,7 @@ def test_runs_without_the_control_plane_stop_on_ctrl_c_and_can_be_resumed(
     listed, _ = standalone(sage_home, "list").communicate(timeout=60)
     assert f"{task_id}  completed  40/40" in listed
     _, said = standalone(sage_home, "resume", "task-none").communicate(timeout=60)
-    assert "No task 'task-none'" in said
+    assert "contains no task 'task-none'" in said
 
 
 def test_a_worker_that_is_started_by_hand_completes_its_run(tiny_model: Path, tmp_path: Path) -> None:

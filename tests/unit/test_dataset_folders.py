@@ -65,7 +65,7 @@ def test_the_files_of_a_split_are_selected(
     splits: dict[Literal["train", "validation"], list[str] | None] = {"train": train, "validation": validation}
     for split, expected in splits.items():
         if expected is None:
-            with pytest.raises(DatasetError, match=f"but none for {split}"):
+            with pytest.raises(DatasetError, match=f"but no {split} data"):
                 select_files(tmp_path, split)
         else:
             assert names_of(tmp_path, split) == expected
@@ -102,7 +102,7 @@ def test_a_dataset_written_by_save_to_disk_is_read(tmp_path: Path) -> None:
     report = DatasetReport(tmp_path / "dict")
     assert [sample.content for sample in read_samples(report)] == ["train"]
     assert [path.name for path in report.skipped_files] == ["test"]
-    with pytest.raises(DatasetError, match="none for validation"):
+    with pytest.raises(DatasetError, match="no validation data"):
         select_files(tmp_path / "dict", "validation")
     (tmp_path / "one/data-00000-of-00001.arrow").unlink()
     with pytest.raises(DatasetError, match="lacks data-00000-of-00001"):

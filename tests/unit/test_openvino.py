@@ -64,7 +64,7 @@ def test_an_export_without_the_environment_is_refused_with_the_command_that_inst
     [("openvino", "q8_0", "none, int8, int4"), ("gguf", "int8", "q8_0"), ("merged", "int8", "Omit --quantize")],
 )
 def test_a_precision_of_another_format_is_refused(format_: str, precision: str, hint: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"--quantize {precision} does not apply to the format '{format_}'") as caught:
+    with pytest.raises(ConfigError, match=f"The format '{format_}' does not support --quantize {precision}") as caught:
         run_export(str(tmp_path), format_, tmp_path / "out", precision)
     assert hint in caught.value.hint
 

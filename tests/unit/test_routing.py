@@ -77,17 +77,17 @@ def test_a_request_fails_at_once_if_the_only_running_engine_does_not_respond() -
 
 
 def test_the_error_for_an_unknown_model_lists_the_existing_names() -> None:
-    with pytest.raises(NotFound, match="serves the model 'x'; available: m") as caught:
+    with pytest.raises(NotFound, match="serves the model 'x'; available engines: m") as caught:
         find(table_of(("engine-a", S.RUNNING)), "x")
     assert "engine start x" in caught.value.hint
     assert "engine list" in caught.value.hint  # the engine may have failed
-    with pytest.raises(NotFound, match="available: none") as caught:
+    with pytest.raises(NotFound, match="available engines: none") as caught:
         find(table_of(), "x" * 5000)
     assert len(str(caught.value)) < 600
     many = RoutingTable("n")
     for number in range(1000):
         many.apply(record(S.RUNNING, id=f"engine-{number}", name=f"name-{number}", first_event=number), None)
-    with pytest.raises(NotFound, match=r"available: name-\d+, .*, …\.") as caught:
+    with pytest.raises(NotFound, match=r"available engines: name-\d+, .*, …\.") as caught:
         find(many, "x")
     assert len(str(caught.value)) < 600
 
@@ -111,7 +111,7 @@ def test_settled_and_removed_engines_and_those_of_other_nodes_are_not_routed() -
     table.forget("removed")
     table.forget("never-known")
     table.apply(record(S.RUNNING, id="elsewhere", node="other"), server(node="other"))
-    with pytest.raises(NotFound, match="available: none"):
+    with pytest.raises(NotFound, match="available engines: none"):
         find(table, "m")
     assert (table.routes(K.LLM), table.get("ended"), table.get("removed")) == ([], None, None)
 
@@ -231,7 +231,7 @@ def test_a_route_leads_to_engines_by_id_name_and_model_but_not_to_another_route(
         table.set_named_routes([named("prod", target)])
         assert find(table, "prod").engine_id == "engine-a"
     table.set_named_routes([named("prod", "assistant"), named("test", "prod")])
-    with pytest.raises(NotFound, match="serves the route 'test', which refers to prod"):
+    with pytest.raises(NotFound, match=r"serves the route 'test'\. Engines of the route: prod"):
         find(table, "test")
 
 

@@ -430,7 +430,7 @@ def test_other_files_and_the_result_of_another_run_are_not_overwritten(tmp_path:
         claim_output(tmp_path / "out", "task-a", tmp_path)
     claim_output(tmp_path / "done", "task-a", tmp_path)
     (tmp_path / "done" / "adapter_config.json").touch()
-    with pytest.raises(OutputError, match="contains the result of task-a"):
+    with pytest.raises(OutputError, match="contains the result of the run task-a"):
         claim_output(tmp_path / "done", "task-b", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="is a file"):

@@ -208,9 +208,9 @@ def test_a_test_message_goes_to_each_url_at_once_and_its_result_is_returned() ->
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"webhook_urls": "https://a.example/hunter2"}, "also requires webhook_secret"),
+        ({"webhook_urls": "https://a.example/hunter2"}, "webhook_secret must be set too"),
         ({"webhook_urls": "ftp://a.example/hunter2", "webhook_secret": SECRET}, "must be URLs that begin with http"),
-        ({"webhook_secret": "hunter2"}, "must be the base64 text of 24 to 64 bytes"),
+        ({"webhook_secret": "hunter2"}, "must be 24 to 64 bytes in base64"),
     ],
 )
 def test_invalid_settings_are_refused_without_their_values(

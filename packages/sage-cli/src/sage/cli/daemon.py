@@ -70,7 +70,7 @@ def connect() -> SageClient:
     if urlsplit(client.base_url).hostname not in _LOOPBACK:
         raise GatewayUnreachable(
             code="gateway_unreachable", message=f"The gateway at {client.base_url} does not answer.",
-            hint="Start the gateway on that machine, or change SAGE_GATEWAY_HOST.",
+            hint="Start the gateway on the machine that SAGE_GATEWAY_HOST names, or change SAGE_GATEWAY_HOST.",
         )  # fmt: skip
     start()
     return find_client()
@@ -98,8 +98,8 @@ def refuse_foreign(client: SageClient, health: dict[str, Any]) -> None:
         if "sage.llm.gateway" in process.cmdline():
             raise GatewayUnreachable(
                 code="gateway_foreign",
-                message=f"The gateway at {client.base_url} belongs to another SAGE_HOME "
-                f"(PID {process.pid}, user {process.username()}).",
+                message=f"The gateway at {client.base_url} uses another SAGE_HOME folder. "
+                f"Gateway process: PID {process.pid}, user {process.username()}.",
                 hint="To start your own gateway, set SAGE_GATEWAY_PORT to a free port. "
                 "To use the running gateway, set SAGE_API_KEY to its key.",
             )

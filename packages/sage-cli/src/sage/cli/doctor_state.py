@@ -80,7 +80,7 @@ def _database(report: dict[str, Any]) -> Finding:
     if revision is None:
         return Finding("database", "ok", f"{name} is empty; the gateway creates its tables")
     if revision > newest:
-        message = f"{name} has schema {revision}; this version of SAGE supports at most {newest}."
+        message = f"{name} has schema {revision}; this version of SAGE supports at most schema {newest}."
         return Finding("database", "failed", message, "Upgrade SAGE, or use another database.")
     return Finding("database", "ok", f"{name}, schema {revision}" + ("" if revision == newest else ", will be migrated"))
 

@@ -32,7 +32,7 @@ def run_export(source: str, format_: str, output: Path, precision: str | None) -
     if precision and precision not in known:
         raise ConfigError(
             code="config_invalid",
-            message=f"--quantize {precision} does not apply to the format '{format_}'.",
+            message=f"The format '{format_}' does not support --quantize {precision}.",
             hint=f"Values for this format: {', '.join(known)}." if known else "Omit --quantize.",
         )
     llama_cpp = LlamaCpp(_interpreter("llamacpp", "A GGUF file")) if known is PRECISIONS else None

@@ -99,7 +99,7 @@ def enable() -> None:
     if not has_systemctl():
         raise ConfigError(
             code="systemd_missing",
-            message=f"The unit is written, but the user's systemd does not answer, so {UNIT} was not started.",
+            message=f"The unit file was written, but the user's systemd does not answer, so {UNIT} was not started.",
             hint=f"In a login session of this user, run `{' && '.join(commands())}`.",
         )
     for arguments in (("daemon-reload",), ("enable", "--now", UNIT)):
@@ -108,7 +108,7 @@ def enable() -> None:
             raise EngineError(
                 code="service_failed",
                 message=f"`systemctl --user {' '.join(arguments)}` failed: {done.stderr.strip()}.",
-                hint=f"The log is shown by `journalctl --user --unit {UNIT}`.",
+                hint=f"To see the log, run `journalctl --user --unit {UNIT}`.",
             )
 
 

@@ -82,7 +82,7 @@ def until_changed(client: SageClient, engine_id: str, revision: int) -> str:
     if engine.training and is_applied(engine):
         return engine.training.changes[-1]
     raise Conflict(
-        code="not_training", message=f"{engine_id} is {engine.state}, and the requested options were not used.",
+        code="not_training", message=f"The requested options were not used, because {engine_id} is {engine.state}.",
         hint="To use the options, resume the run." if engine.state != "completed" else "To train further, fork the run.",
     )  # fmt: skip
 

@@ -37,10 +37,12 @@ class Settings(BaseSettings):
     gateway_host: str = Field("127.0.0.1", description="Address that the gateway listens on.")
     gateway_port: int = Field(8889, ge=1, le=65535, description="Port that the gateway listens on.")
     api_key: SecretStr | None = Field(
-        None, description="Key that requests must send; required if other machines can connect."
+        None, description="API key that requests must contain; required if other machines can connect to the gateway."
     )
     database_url: str | None = Field(None, repr=False, description="SQLAlchemy URL of the database; default: SQLite.")
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Minimum level of log messages.")
+    log_level: str = Field(
+        "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Minimum level of the messages that are logged."
+    )
     reconcile_seconds: float = Field(0.5, gt=0, le=60, description="Maximum seconds between two checks of the engines.")
     engine_start_seconds: float = Field(
         300, gt=0, description="Maximum seconds from the start of an inference engine until it answers."
@@ -59,30 +61,37 @@ class Settings(BaseSettings):
         "a reboot. Default: `unless-stopped` for training runs, `no` for other engines.",
     )
     on_busy: Literal["wait", "preempt", "share", "fail"] = Field(
-        "wait", description="What an engine does if the memory is not free: wait, preempt, share or fail."
+        "wait", description="What a starting engine does if too little memory is free: wait, preempt, share or fail."
     )
     memory_limit_gb: float | None = Field(
         None, gt=0, description="Main memory that all engines together may use, in GB (10^9 bytes); default: all of it."
     )
     fake_devices: str | None = Field(
-        None, description="Fake GPUs to try scheduling, for example 2x24GiB; they replace this machine's GPUs."
+        None,
+        description="Fake GPUs that replace this machine's GPUs, to try how engines are scheduled; for example 2x24GiB.",
     )
     paused_requests: Literal["hold", "reject"] = Field(
         "hold",
         description="What to do with requests to an engine that is paused to free memory for another engine: hold them for "
-        "up to request_wait_seconds, or reject them with a 503.",
+        "up to request_wait_seconds, or reject them with HTTP status 503.",
     )
     log_limit_mb: int = Field(100, ge=1, description="Maximum size of an engine's log, in MB (10^6 bytes).")
     max_request_mb: int = Field(32, ge=1, description="Maximum size of a request body, in MB (10^6 bytes).")
     max_engine_requests: int = Field(
         1024, ge=1, description="Maximum requests in progress per engine; further requests get HTTP status 429."
     )
-    model_cache_gb: float = Field(50, gt=0, description="Maximum total size of model copies, in GB (10^9 bytes).")
-    allow_reward_files: bool = Field(False, description="Allow runs to use Python files with reward functions (grpo).")
-    training_threads: int | None = Field(
-        None, ge=1, description="CPU threads of a training run; default: an equal share of the cores."
+    model_cache_gb: float = Field(
+        50, gt=0, description="Maximum total size of the converted and merged copies of models, in GB (10^9 bytes)."
     )
-    webhook_secret: SecretStr | None = Field(None, description="Key that signs the messages to webhook_urls.")
+    allow_reward_files: bool = Field(
+        False, description="Allow training runs (method grpo) to execute Python files with reward functions."
+    )
+    training_threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads of each training run; default: the cores divided by the number of running engines.",
+    )
+    webhook_secret: SecretStr | None = Field(None, description="Secret key that signs the messages to webhook_urls.")
     webhook_urls: Annotated[tuple[str, ...], NoDecode] = Field(
         (), repr=False, description="URLs that receive a message when an engine runs, is paused, completes or fails."
     )
@@ -110,7 +119,7 @@ class Settings(BaseSettings):
     @classmethod
     def _usable_urls(cls, urls: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if urls and info.data.get("webhook_secret", True) is None:
-            raise ValueError("also requires webhook_secret. To create a secret: openssl rand -base64 32")
+            raise ValueError("webhook_secret must be set too. To create a secret, run: openssl rand -base64 32")
         for parts in map(urlsplit, urls):
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError("must be URLs that begin with http:// or https://, separated by commas")
@@ -125,7 +134,7 @@ class Settings(BaseSettings):
             except ValueError:
                 key = b""
             if not _WEBHOOK_KEY_BYTES[0] <= len(key) <= _WEBHOOK_KEY_BYTES[1]:
-                raise ValueError("must be the base64 text of 24 to 64 bytes. To create a secret: openssl rand -base64 32")
+                raise ValueError("must be 24 to 64 bytes in base64. To create a secret, run: openssl rand -base64 32")
         return secret
 
     @field_validator("fake_devices")
@@ -174,5 +183,5 @@ def _invalid(path: Path, problem: str) -> ConfigError:
     return ConfigError(
         code="settings_invalid",
         message=f"A setting is invalid: {problem.rstrip('.')}.",
-        hint=f"Correct the setting in {path} or in its environment variable (SAGE_…).",
+        hint=f"Correct the setting in {path} or in the environment variable of the setting (SAGE_…).",
     )

@@ -32,9 +32,14 @@ class StepMetrics(BaseModel):
     token_accuracy: float | None = _figure(
         "Token accuracy", "ratio", ".1%", "Share of trained tokens that the model predicts correctly."
     )
-    reward: float | None = _figure("Reward", "", ".3f", "Mean reward of the step's completions (grpo).")
+    reward: float | None = _figure(
+        "Reward", "", ".3f", "Only for grpo: mean reward of the completions generated in this step."
+    )
     reward_accuracy: float | None = _figure(
-        "Reward accuracy", "ratio", ".1%", "Share of pairs in which the chosen answer has the higher reward (dpo, orpo)."
+        "Reward accuracy",
+        "ratio",
+        ".1%",
+        "Only for dpo and orpo: share of the preference pairs in which the chosen answer has the higher reward.",
     )
     learning_rate: float | None = _figure("Learning rate", "", ".3g", "Learning rate of the step.")
     grad_norm: float | None = _figure("Gradient norm", "", ".3g", "Norm of the gradient before clipping.")
@@ -42,9 +47,11 @@ class StepMetrics(BaseModel):
         "Tokens per second", "tokens per second", ".0f", "Training throughput over the last 20 steps."
     )
     memory_bytes: int | None = _figure(
-        "Memory", "bytes", ".0f", "GPU memory used by the process, or main memory if there is no GPU."
+        "Memory", "bytes", ".0f", "Memory that the run's process uses now: GPU memory, or main memory if there is no GPU."
     )
-    peak_memory_bytes: int | None = _figure("Peak memory", "bytes", ".0f", "Peak memory of the process since its start.")
+    peak_memory_bytes: int | None = _figure(
+        "Peak memory", "bytes", ".0f", "Peak memory of the run's process since the process was started."
+    )
 
 
 @dataclass(frozen=True)
@@ -82,16 +89,24 @@ class TrainingProgress(StepMetrics):
     """Progress of a run, with the figures of its last step. None: the value is not known (yet)."""
 
     step: int = Field(description="Completed optimizer steps.")
-    total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
-    progress: float | None = Field(None, description="Completed share of the steps, 0 to 1.")
+    total_steps: int | None = Field(None, description="Total number of optimizer steps of the run.")
+    progress: float | None = Field(None, description="Completed steps divided by total steps, from 0 to 1.")
     eta_seconds: float | None = Field(None, description="Seconds until the run is completed; null if not yet estimated.")
     checkpoint_step: int | None = Field(None, description="Step of the newest checkpoint.")
-    heldout_loss_before: float | None = Field(None, description="Held-out loss before the first step, in nats per token.")
-    heldout_loss: float | None = Field(None, description="Newest held-out loss, in nats per token.")
-    estimated_memory_bytes: int | None = Field(None, description="Peak memory that was estimated before the first step.")
-    activity: str | None = Field(None, description="Current activity before the first step or after the last step.")
+    heldout_loss_before: float | None = Field(
+        None, description="Loss on the held-out samples before the first step, in nats per token."
+    )
+    heldout_loss: float | None = Field(
+        None, description="Loss at the last evaluation on the held-out samples, in nats per token."
+    )
+    estimated_memory_bytes: int | None = Field(
+        None, description="Peak memory of the run, as estimated before the first step."
+    )
+    activity: str | None = Field(None, description="What the run does before its first step or after its last step.")
     warnings: list[str] = []
-    change_revision: int = Field(0, description="Sequence number of the newest applied change of options; 0: none.")
+    change_revision: int = Field(
+        0, description="Number of the last requested change of options that the run has applied; 0: none."
+    )
     changes: list[str] = Field([], description="The changes of options that users requested, as text for users.")
     forked_from: str | None = Field(None, description="Id of the run that this run was forked from.")
     forked_at_step: int | None = Field(None, description="Step of the checkpoint that this run was forked from.")
@@ -135,7 +150,7 @@ class ProgressEvent(RunEvent):
     """The run reported its current activity, before the first step or after the last step."""
 
     event: Literal["progress"] = "progress"
-    message: str = Field(description="Current activity, as text for users.")
+    message: str = Field(description="What the run does now, as text for users.")
 
 
 class WarningEvent(RunEvent):
@@ -144,7 +159,7 @@ class WarningEvent(RunEvent):
     event: Literal["warning"] = "warning"
     message: str = Field(description="The warning, as text for users.")
     halvings: int | None = Field(
-        None, description="After this event, each micro-batch is computed in up to 2^halvings parts."
+        None, description="How many times each micro-batch is now cut in half; the result is up to 2^halvings parts."
     )
     activation_checkpointing: bool | None = Field(
         None,
@@ -157,8 +172,10 @@ class StartedEvent(RunEvent):
     """Training began at step 0 or continued from a checkpoint."""
 
     event: Literal["started"] = "started"
-    step: int = Field(description="Step from which training starts; 0 without a checkpoint.")
-    total_steps: int = Field(description="Optimizer steps of the whole run.")
+    step: int = Field(
+        description="Step of the checkpoint from which training continues; 0: training begins at the first step."
+    )
+    total_steps: int = Field(description="Total number of optimizer steps of the run.")
     samples: int | None = Field(None, description="Number of training samples; null if the dataset is streamed.")
     heldout_samples: int | None = Field(None, description="Number of held-out samples.")
     trainable_parameters: int | None = Field(None, description="Number of trained parameters.")
@@ -167,13 +184,17 @@ class StartedEvent(RunEvent):
     )
     bf16: bool | None = Field(None, description="Whether base model and activations are in bf16 instead of fp32.")
     bf16_products: bool | None = Field(
-        None, description="Whether matrix products use bf16; null: the value of the field `bf16` applies."
+        None, description="Whether matrix products use bf16; null: they use bf16 if the field `bf16` is true."
     )
     int8_products: bool = Field(
-        False, description="Whether SAGE's training step stores weights in int8 and uses int8 products."
+        False, description="Whether weights are stored in int8 and matrix products use int8; only with SAGE's kernels."
     )
-    precision: str | None = Field(None, description="The precision and the reason for it, as text for users.")
-    kernels: str | None = Field(None, description="Whether SAGE's training step is used, and the reason, as text for users.")
+    precision: str | None = Field(
+        None, description="The numeric precision of the training, and why it is used, as text for users."
+    )
+    kernels: str | None = Field(
+        None, description="Whether SAGE's kernels are used for training, and why, as text for users."
+    )
     estimated_memory_bytes: int | None = Field(None, description="Estimated peak memory of the run.")
     versions: dict[str, str] = Field({}, description="Versions of the libraries that the training uses.")
 
@@ -183,7 +204,7 @@ class StepEvent(StepMetrics, RunEvent):
 
     event: Literal["step"] = "step"
     step: int = Field(description="The completed step; the first step is 1.")
-    total_steps: int | None = Field(None, description="Optimizer steps of the whole run.")
+    total_steps: int | None = Field(None, description="Total number of optimizer steps of the run.")
     eta_seconds: float | None = Field(
         None, description="Seconds until the run is completed; null for the first 9 steps after a start."
     )
@@ -220,11 +241,11 @@ class ChangedEvent(RunEvent):
     """A user changed options of the run."""
 
     event: Literal["changed"] = "changed"
-    step: int = Field(description="First step that uses the new values.")
-    revision: int = Field(description="Sequence number of the request in this run, from 1.")
+    step: int = Field(description="First step that uses the changed options.")
+    revision: int = Field(description="Number of the change request; the first request of a run has number 1.")
     old: TrainingOptions = Field(description="Values before the change.")
     new: TrainingOptions = Field(description="Values after the change.")
-    message: str = Field(description="The change, as text for users.")
+    message: str = Field(description="Description of the change, as text for users.")
 
 
 class ForkedEvent(RunEvent):
@@ -236,27 +257,31 @@ class ForkedEvent(RunEvent):
 
 
 class StoppedEvent(RunEvent):
-    """The run stopped on request, after writing a checkpoint and the result so far."""
+    """The run stopped on request, after it saved a checkpoint and the current model."""
 
     event: Literal["stopped"] = "stopped"
     step: int = Field(description="Last completed step.")
-    output_dir: str | None = Field(None, description="Folder of the result so far.")
+    output_dir: str | None = Field(None, description="Output folder, which contains the model as trained up to this step.")
 
 
 class FinishedEvent(RunEvent):
     """The run was completed, and its result was written."""
 
     event: Literal["finished"] = "finished"
-    step: int | None = Field(None, description="Step after which the weights of the result were saved.")
-    output_dir: str | None = Field(None, description="Folder of the result.")
-    heldout_loss: float | None = Field(None, description="Held-out loss of the result, in nats per token.")
+    step: int | None = Field(
+        None, description="Step whose weights are in `output_dir`; with keep_best, not always the last step."
+    )
+    output_dir: str | None = Field(None, description="Output folder, which contains the trained model.")
+    heldout_loss: float | None = Field(
+        None, description="Loss of the model in `output_dir` on the held-out samples, in nats per token."
+    )
 
 
 class FailedEvent(RunEvent):
     """The run failed and reported an error."""
 
     event: Literal["failed"] = "failed"
-    code: str = Field(description="Stable code of the error.")
+    code: str = Field(description="Error code, which stays the same in later versions.")
     message: str = Field(description="The error message, as text for users.")
     hint: str | None = Field(None, description="What to do next.")
 

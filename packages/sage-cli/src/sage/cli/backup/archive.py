@@ -103,7 +103,7 @@ def verify(path: Path, progress: Callable[[int], None]) -> Manifest:
     if manifest is None or manifest.format != Manifest.model_fields["format"].default:
         raise _damaged(path, "it is incomplete, or a newer version of SAGE wrote it")
     if differing := sorted(set(found.items()) ^ set(manifest.files_sha256.items())):
-        raise _damaged(path, f"the checksum of {differing[0][0]} differs")
+        raise _damaged(path, f"the checksum of {differing[0][0]} differs from the checksum in the manifest")
     return manifest
 
 
@@ -141,7 +141,7 @@ def _members(path: Path, progress: Callable[[int], None] = lambda _: None) -> It
             name = PurePosixPath(info.name)
             member = tar.extractfile(info) if info.isreg() else None
             if member is None or name.is_absolute() or ".." in name.parts:
-                raise ValueError(f"the member {info.name} is not allowed")
+                raise ValueError(f"its member {info.name} is not a regular file, or has an unsafe path")
             yield info.name, member
 
 

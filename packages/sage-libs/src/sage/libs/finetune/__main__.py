@@ -80,7 +80,9 @@ def _finish(manager: FinetuneManager, task_id: str, status: RunStatus) -> int:
             print(f"Completed: the result is in {output}.", file=sys.stderr)
             return 0
         case RunState.STOPPED:
-            print(f"Stopped at step {status.step}; `resume {task_id}` continues the run.", file=sys.stderr)
+            print(
+                f"Stopped at step {status.step}. To continue the run, use the command `resume {task_id}`.", file=sys.stderr
+            )
             return 0
         case _:
             raise RunError(code=status.code or "failed", message=status.message or "The run failed.", hint=status.hint or "")

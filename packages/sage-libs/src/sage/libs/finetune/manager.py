@@ -271,6 +271,8 @@ class FinetuneManager:
         if not run.spec_path.is_file():
             known = json.dumps(self.list()[-5:])
             raise NotFound(
-                code="task_not_found", message=f"No task '{task_id}' in {self.root}.", hint=f"The newest tasks are: {known}."
+                code="task_not_found",
+                message=f"The folder {self.root} contains no task '{task_id}'.",
+                hint=f"The newest tasks are: {known}.",
             )
         return run

@@ -39,7 +39,7 @@ def converted(folder: Path) -> Path:
                 remember(target, gguf)
         with held_lock(root / f".{target.name}.lock"):
             if not (target / "config.json").is_file():
-                logger.info("converting %s to safetensors (only once)", gguf)
+                logger.info("converting %s to safetensors; this is done only once", gguf)
                 shutil.rmtree(target, ignore_errors=True)
                 _make(target, lambda aside: _convert(gguf, aside))
     return target
@@ -53,7 +53,7 @@ def downloaded(source: ModelSource) -> Path:
         held_lock(locks / f"{source.name.replace('/', '--')}.lock"),
     ):
         if not (target / "config.json").is_file():
-            logger.info("downloading %s from the hub", source.name)
+            logger.info("downloading %s from the Hugging Face Hub", source.name)
             _make(target, lambda aside: _download(source.name, aside))
     return target
 

@@ -27,7 +27,12 @@ class RouteTarget(BaseModel):
     """An engine that answers requests for a route."""
 
     engine: EngineName = Field(description="An engine's id, name or model.")
-    weight: int = Field(1, ge=1, le=1_000_000, description="Share of the requests, relative to the other weights.")
+    weight: int = Field(
+        1,
+        ge=1,
+        le=1_000_000,
+        description="Share of the route's requests that this engine gets, relative to the weights of the other engines.",
+    )
 
 
 class RouteRequest(BaseModel):
@@ -52,15 +57,15 @@ class RouteTargetView(RouteTarget):
     """A target of a route, and the active engine that the target currently selects."""
 
     engine_id: str | None = Field(
-        None, description="Id of the engine that the target selects; null if `engine` matches no active engine."
+        None, description="Id of the active engine that `engine` means now; null if `engine` matches no active engine."
     )
-    state: EngineState | None = Field(None, description="State of the selected engine.")
+    state: EngineState | None = Field(None, description="State of the engine with the id `engine_id`.")
 
 
 class RouteView(BaseModel):
     """A route, as the HTTP interface returns it."""
 
-    name: str = Field(description="Name that requests use as `model`.")
+    name: str = Field(description="Name of the route; requests use this name as `model`.")
     object: str = "route"
     engines: list[RouteTargetView]
     fallback: str | None

@@ -145,7 +145,9 @@ class ChatReader:
             choices = content["choices"]
             return str(choices[0]["delta"].get("content") or "") if choices else ""
         except (KeyError, TypeError, AttributeError, IndexError) as problem:
-            raise not_a_gateway(f"a part of the answer has unexpected content: {json.dumps(sorted(content))}") from problem
+            raise not_a_gateway(
+                f"a part of the answer cannot be read; its JSON keys are {json.dumps(sorted(content))}"
+            ) from problem
 
     def finish(self) -> None:
         """Raise EngineError if the answer is incomplete."""

@@ -246,14 +246,15 @@ class RoutingTable:
             targets = ", ".join(target.engine for target in named.engines)
             return NotFound(
                 code="model_not_found",
-                message=f"No engine of kind {kind} serves the route '{model}', which refers to {_shortened(targets)}.",
-                hint=f"Start one of these engines, or choose another engine: `sage route set {model} ENGINE`.",
+                message=f"No engine of kind {kind} serves the route '{model}'. Engines of the route: {_shortened(targets)}.",
+                hint=f"Start one of these engines, or set other engines for the route: `sage route set {model} ENGINE`.",
                 param="model",
             )
         wanted = "MODEL" if model == DEFAULT_MODEL else _shortened(model)
         return NotFound(
             code="model_not_found",
-            message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; available: {self._names(kind)}.",
+            message=f"No engine of kind {kind} serves the model '{_shortened(model)}'; "
+            f"available engines: {self._names(kind)}.",
             hint=f"Start an engine: `sage llm engine start {wanted} --engine-kind {kind}`. To resume an engine that "
             "failed or was stopped, find its id with `sage llm engine list`.",
             param="model",

@@ -52,7 +52,9 @@ class JsonRequest(Request):
             try:
                 json.dumps(content, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                _refuse("invalid_unicode", "The body has a lone surrogate (half a character).")
+                _refuse(
+                    "invalid_unicode", "The body is not valid Unicode: it contains a lone surrogate (half of a character)."
+                )
         return content
 
 
@@ -70,7 +72,7 @@ class JsonRoute(APIRoute):
         async def handle_json(request: Request) -> Response:
             media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if request.method == "POST" and media_type != "application/json":
-                _refuse("unsupported_media_type", "The body must be sent as 'Content-Type: application/json'.", 415)
+                _refuse("unsupported_media_type", "The request must have the header 'Content-Type: application/json'.", 415)
             return await handle(JsonRequest(request.scope, request.receive))
 
         return handle_json
@@ -89,7 +91,7 @@ def _refuse(code: str, message: str, status: int = 400) -> NoReturn:
 
 
 def _refuse_size(limit: int) -> NoReturn:
-    _refuse("request_too_large", f"The body is larger than {limit / 1e6:g} MB, the limit of SAGE_MAX_REQUEST_MB.", 413)
+    _refuse("request_too_large", f"The body is larger than {limit / 1e6:g} MB, the limit set by SAGE_MAX_REQUEST_MB.", 413)
 
 
 def _refuse_nesting() -> NoReturn:

@@ -123,8 +123,10 @@ def parser() -> argparse.ArgumentParser:
     """Return an argument parser with the options that all servers have."""
     options = argparse.ArgumentParser()
     options.add_argument("--model", required=True)
-    options.add_argument("--port", type=int, help="Port to listen on, on the loopback interface.")
-    options.add_argument("--fd", type=int, help="File descriptor of an inherited socket to listen on, instead of a port.")
+    options.add_argument("--port", type=int, help="Port of the loopback interface to listen on.")
+    options.add_argument(
+        "--fd", type=int, help="File descriptor of an inherited socket to listen on; use this option instead of --port."
+    )
     return options
 
 

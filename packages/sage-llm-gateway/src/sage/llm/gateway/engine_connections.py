@@ -111,7 +111,7 @@ class EngineConnection(asyncio.Protocol):
         if self._ends_at_eof and exc is None:
             self._is_complete = True
         elif not self._is_complete:
-            self._fail(ConnectionResetError("The server closed the connection."))
+            self._fail(ConnectionResetError("The server closed the connection before the answer was complete."))
         self._wake()
 
     def on_message_begin(self) -> None:

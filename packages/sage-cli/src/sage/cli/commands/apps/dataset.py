@@ -68,7 +68,7 @@ def check(
 def show(
     file: DatasetFile,
     model: Model = "smollm2-135m-instruct",
-    line: Annotated[int | None, typer.Option(min=1, help="Line (or record) to show, counted from 1.")] = None,
+    line: Annotated[int | None, typer.Option(min=1, help="Number of the line (or record) to show; the first is 1.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of samples to show.")] = 3,
     max_seq_length: Cutoff = 512,
     train_on: TrainedOn = TrainOn.assistant,

@@ -82,7 +82,7 @@ def _folder_files(folder: Path, split: Split) -> Selection:
     if not found:
         inside = sorted(sub.name for sub in folder.iterdir() if sub.is_dir() and any(_data_files(sub)))
         hint = f"Give one of its folders: {', '.join(inside)}." if inside else ""
-        raise unusable(folder, f"is a folder without {', '.join(FORMATS)} files", hint)
+        raise unusable(folder, f"is a folder that contains no file of these formats: {', '.join(FORMATS)}", hint)
     return _of_split(folder, [(_split_of(file.relative_to(folder)), file) for file in found], split)
 
 
@@ -118,7 +118,7 @@ def _of_split(folder: Path, found: list[tuple[str, Path]], split: Split) -> Sele
     if not files:
         raise unusable(
             folder,
-            f"has files for {' and '.join(sorted(there - {''}))}, but none for {split}",
+            f"contains {' and '.join(sorted(there - {''}))} data, but no {split} data",
             "Give the path of the file to use.",
         )
     if wanted:
@@ -136,7 +136,9 @@ def _of_one_dataset(folder: Path, files: list[Path], split: Split) -> list[Path]
     if len(names) < 2:
         return files
     if split not in names:
-        raise unusable(folder, f"has several datasets for {split}: {', '.join(names)}", "Give the files of one dataset.")
+        raise unusable(
+            folder, f"contains several {split} datasets: {', '.join(names)}", "Give only the files of one dataset."
+        )
     return [file for file, name in shards.items() if name == split]
 
 
@@ -147,7 +149,7 @@ def _saved_files(folder: Path) -> list[Path]:
     if not names:
         raise unusable(folder, "has a state.json that lists no data files")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise unusable(folder, f"lacks {missing[0]}, which is listed in its state.json", "Save the dataset again.")
+        raise unusable(folder, f"lacks the file {missing[0]}, which state.json lists", "Save the dataset again.")
     return [folder / name for name in names]
 
 
@@ -161,7 +163,7 @@ def _saved_splits(folder: Path, split: Split) -> Selection:
         exact = [saved for saved in chosen.files if saved.name == split]
         if not exact:
             names = ", ".join(saved.name for saved in chosen.files)
-            raise unusable(folder, f"has several datasets for {split}: {names}", "Give the folder of one dataset.")
+            raise unusable(folder, f"contains several {split} datasets: {names}", "Give only the subfolder of one dataset.")
         chosen = Selection(exact)
     skipped = [saved for _, saved in found if saved not in chosen.files]
     return Selection([file for saved in chosen.files for file in _saved_files(saved)], skipped)
@@ -180,7 +182,9 @@ def _configured(folder: Path) -> list[tuple[str, Path]]:
     default = [config for config in configs if config.get("default") or config.get("config_name") == "default"] or configs
     if len(default) > 1:
         names = ", ".join(str(config.get("config_name")) for config in configs)
-        raise unusable(folder, f"has several datasets ({names})", "Give the files or the folder of one dataset.")
+        raise unusable(
+            folder, f"contains several datasets ({names})", "Give only the files or the subfolder of one dataset."
+        )
     data_files = default[0]["data_files"]
     entries = data_files if isinstance(data_files, list) else [data_files]
     found = []
@@ -196,7 +200,7 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
     try:
         return sorted(folder.glob(pattern))
     except (ValueError, NotImplementedError) as error:
-        raise unusable(folder, f"has a README.md with the invalid pattern {pattern!r}: {error}") from error
+        raise unusable(folder, f"has a README.md in which the file pattern {pattern!r} is invalid: {error}") from error
 
 
 def _card(folder: Path) -> dict[str, Any]:

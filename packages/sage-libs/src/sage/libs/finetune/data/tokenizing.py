@@ -171,7 +171,9 @@ class Encoder:
         for sequence in sequences:
             if self.embedding_rows and (beyond := max(sequence.ids)) >= self.embedding_rows:
                 token = self.tokenizer.convert_ids_to_tokens(beyond)
-                self.faults.append(Fault(sample.origin, f"the model has no embedding for the token {token!r} ({beyond})."))
+                self.faults.append(
+                    Fault(sample.origin, f"the model has no embedding for the token {token!r} (token id {beyond}).")
+                )
                 return []
             inspect_tokens(sample, sequence.ids, sequence.labels, self.tokenizer.bos_token_id, self._end_ids, self.findings)
         match self.train_on:

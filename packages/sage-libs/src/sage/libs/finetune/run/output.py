@@ -97,7 +97,7 @@ def _check_free(output: Path, owner: dict[str, Any]) -> None:
     own = (RUN_FILE, f".{RUN_FILE}.partial")  # names of incomplete run files begin with `.sage_run.json.partial`
     others = sorted(entry.name for entry in output.iterdir() if not entry.name.startswith(own))
     if owner and any((output / name).exists() for name in ("adapter_config.json", "config.json")):
-        raise _refused(output, f"contains the result of {owner.get('task_id')}")
+        raise _refused(output, f"contains the result of the run {owner.get('task_id')}")
     if others:
         raise _refused(output, f"is not empty: it contains {', '.join(others[:3])}{' …' if len(others) > 3 else ''}")
     if owner and (use := _claim_of(RunDirectory(Path(str(owner.get("run")))))):

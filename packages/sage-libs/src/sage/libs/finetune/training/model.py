@@ -128,6 +128,6 @@ def _with_fresh_adapter(base: PreTrainedModel, config: FinetuneConfig) -> Any:
         raise ConfigError(
             code="target_modules_unknown",
             message=f"target_modules={config.target_modules!r} does not match the model: {error}",
-            hint="'all-linear' works with every model.",
+            hint="The value 'all-linear' works with every model.",
             param="target_modules",
         ) from error

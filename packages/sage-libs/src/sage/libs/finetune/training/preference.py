@@ -68,7 +68,7 @@ class PreferenceRun(TrainingRun):
         self.report.findings(encoder.findings, path)
 
     def _installer(self) -> Install:
-        return no_kernels(f"{self.config.method} uses TRL's training step")
+        return no_kernels(f"the method {self.config.method} uses TRL's training step")
 
     def _trainer(self) -> Trainer:
         config = self.config

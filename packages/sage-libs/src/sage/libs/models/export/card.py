@@ -31,7 +31,7 @@ def write_card(folder: Path, target_name: str, source: ModelSource, format_: Exp
         "license": _licence((source.base or source).folder),
     }  # fmt: skip
     lines = ["---", *(f"{key}: {value}" for key, value in head.items() if value), "---", "", f"# {target_name}", ""]
-    lines.append(f"Exported with SAGE from `{source.name}`, based on `{base}`.")
+    lines.append(f"Exported with SAGE from `{source.name}`. Base model: `{base}`.")
     if precision:
         lines.append(f"Precision of the weights: {precision}.")
     lines += ["", *_training(recipe, metrics), "    " + _USE[format_].format(base=base, folder=target_name), ""]
@@ -48,7 +48,7 @@ def _training(recipe: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
         lines.append(f"- Steps: {metrics.get('step')} of {metrics['total_steps']}")
     if metrics.get("heldout_loss_before") and metrics.get("heldout_loss"):
         before, after = metrics["heldout_loss_before"], metrics["heldout_loss"]
-        lines.append(f"- Held-out loss: {before:.4f} before, {after:.4f} after")
+        lines.append(f"- Held-out loss: {before:.4f} before training, {after:.4f} after training")
     shown = ("lora_rank", "lora_alpha", "learning_rate", "num_epochs", "max_seq_length")
     lines.append("- Recipe: " + ", ".join(f"{key} {recipe[key]}" for key in shown if recipe.get(key) is not None))
     return [*lines, ""]

@@ -113,7 +113,7 @@ def convert(folder: Path, target: Path, quantize: str) -> None:
         raise _unsupported(folder, first_line(error)) from error
     difference = float((_logits(converted, prompt) - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE:
-        raise _unsupported(folder, f"its logits would differ by {difference:.1%} from those of transformers")
+        raise _unsupported(folder, f"the logits would differ by {difference:.1%} from the logits that transformers computes")
     if quantize != "none":
         converted = _quantized(converted, quantize)
     openvino.save_model(converted, target / "openvino_model.xml", compress_to_fp16=False)
@@ -125,7 +125,7 @@ def _converted(model: Any) -> Any:
 
     config = model.config.get_text_config()
     if (kind := (getattr(config, "rope_parameters", None) or {}).get("rope_type")) in _VARYING_ROPE:
-        raise NotImplementedError(f"its {kind} rotary embedding depends on the length of the text")
+        raise NotImplementedError(f"its rotary embedding, of type {kind}, depends on the length of the text")
     model.set_attn_implementation(_ATTENTION)
     shapes = _shapes(model)
     past = [torch.zeros(2, shape.heads, 3, shape.size) for shape in shapes]
@@ -153,7 +153,7 @@ def _shapes(model: Any) -> list[_Shape]:
     with torch.inference_mode():
         model(input_ids=torch.tensor([[1, 2]]), use_cache=False, layers=layers)
     if not layers.present:
-        raise NotImplementedError("it has no attention that can be converted")
+        raise NotImplementedError("it has no attention layer that can be converted")
     return [_Shape(tensor.shape[1], tensor.shape[3]) for tensor in layers.present]
 
 

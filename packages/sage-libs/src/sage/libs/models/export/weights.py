@@ -80,7 +80,7 @@ def _described(model: Any, chat_format: ChatFormat) -> dict[str, Any]:
         try:
             probes.append({"messages": messages, "tokens": chat_format.prompt_ids(messages)})
         except Exception as error:  # noqa: BLE001 - templates raise all kinds of exceptions for unsupported roles
-            logger.info("the template rejects a chat: %s", error)
+            logger.info("the chat template rejects one of the test chats: %s", error)
     bos, settings = chat_format.tokenizer.bos_token_id, model.generation_config
     return {
         "probes": probes,
@@ -104,7 +104,7 @@ def _located(name: str) -> tuple[ModelSource, Path]:
         raise ModelError(
             code="base_is_adapter",
             message=f"The base of {name} is itself an adapter.",
-            hint="Export the base with `--format merged`, and use the merged model as the base.",
+            hint="Export the base with `--format merged`, and use the merged model as the base of this adapter.",
         )
     return source, local_folder(source.base or source)
 
@@ -112,7 +112,7 @@ def _located(name: str) -> tuple[ModelSource, Path]:
 def _not_merged(name: str, kind: str) -> ModelError:
     return ModelError(
         code="export_unsupported",
-        message=f"{name} is an adapter of the type {kind}, which cannot be merged into its base.",
+        message=f"{name} is an adapter of the type {kind}. This type cannot be merged into a base model.",
         hint="Use `--format adapter`.",
         param="format",
     )

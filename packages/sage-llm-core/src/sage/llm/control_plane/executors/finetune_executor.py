@@ -60,7 +60,7 @@ class FinetuneExecutor:
     async def prepare(self, engine_id: str, request: StartRequest) -> Prepared:
         """Check the options, and check that the model and the datasets exist. Raises SageError."""
         if request.port:
-            raise Conflict(code="no_port", message="A finetune engine has no port.", hint="Omit --port.")
+            raise Conflict(code="no_port", message="An engine of kind finetune has no port.", hint="Omit --port.")
         return await asyncio.to_thread(self._prepare, engine_id, request)
 
     async def validate(self, engine: EngineRecord) -> Mapping[str, Any]:

@@ -102,7 +102,7 @@ def _observe(locks: Collection[Path]) -> Mapping[str, ProcessObservation]:
         processes |= find_by_environment(without_file)
         sessions = all_sessions() if any(processes.values()) else {}
     except OSError as error:
-        logger.warning("processes could not be observed: %s", error)
+        logger.warning("the processes of the engines could not be observed: %s", error)
         return {}
     observations = {}
     for lock, process in processes.items():
@@ -123,7 +123,7 @@ def _omitted_if_unknown(lock: Path) -> Iterator[None]:
     except OSError as error:
         if _reported.get(lock) != str(error):  # log a repeated error only once
             _reported[lock] = str(error)
-            logger.warning("the process that locks %s cannot be observed: %s", lock, error)
+            logger.warning("the process that holds the lock file %s cannot be observed: %s", lock, error)
 
 
 def _living(lock: Path, process: ProcessIdentity, members: Collection[int]) -> ProcessObservation:

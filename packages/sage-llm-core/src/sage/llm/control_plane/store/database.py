@@ -135,7 +135,8 @@ def _known_revision(connection: Connection, name: str) -> str | None:
     if revision is not None and revision not in REVISIONS:
         raise ConfigError(
             code="database_newer",
-            message=f"The database {name} has schema {revision}; this version of SAGE supports at most {REVISIONS[-1]}.",
+            message=f"The database {name} has schema {revision}; "
+            f"this version of SAGE supports at most schema {REVISIONS[-1]}.",
             hint="Upgrade SAGE, or set SAGE_DATABASE_URL to another database.",
         )
     return revision

@@ -100,7 +100,7 @@ class LeaseStore:
     def _fenced(self, lease: Lease, node: str) -> Iterator[Connection]:
         """Open a transaction during which nobody can take over the lease. Raises LeaseLost if the lease is not valid."""
         if lease.node != node:
-            raise LeaseLost(f"the lease of {lease.node} does not allow a write to {node}")
+            raise LeaseLost(f"the lease of the node {lease.node} does not allow writes for the node {node}")
         with self._write() as connection:
             self._check_lease(connection, lease)
             yield connection
@@ -109,7 +109,7 @@ class LeaseStore:
         """Raise LeaseLost if the lease is not valid. A valid lease cannot be taken over before this transaction ends."""
         query = select(leases.c.fence).where(_is_of(lease), _is_valid(self.lease_seconds)).with_for_update(read=True)
         if connection.execute(query).first() is None:
-            raise LeaseLost(f"the lease of {lease.node} with fence {lease.fence} is no longer held")
+            raise LeaseLost(f"this process no longer holds the lease of the node {lease.node} (fence {lease.fence})")
 
     def _read(self) -> AbstractContextManager[Connection]:
         return self._database.begin()
