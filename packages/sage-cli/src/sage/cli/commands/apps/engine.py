@@ -37,8 +37,8 @@ Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="With --wait, return when the engine has ended. With --no-wait, return when the engine is validated. "
-        "By default, return when the engine serves or trains.",
+        help="With --wait, the command returns when the engine has ended; with --no-wait, when the engine is validated; "
+        "by default, when the engine serves or trains.",
     ),
 ]
 Options = Annotated[
