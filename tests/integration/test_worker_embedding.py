@@ -61,7 +61,7 @@ def test_embeddings_take_texts_and_token_ids(embeddings: Server, embedder: Embed
         ("word " * 300, {}, "input", "has 302 tokens; this model takes at most 256"),
         ([5] * 300, {}, "input", "has 300 tokens"),
         ("a" * 10**6, {}, "input", "has 1000000 characters"), ([10**6], {}, "input", "does not exist"),
-        ("a", {"dimensions": 385}, "dimensions", "dimensions is 385; this model's vectors have 384"),
+        ("a", {"dimensions": 385}, "dimensions", "dimensions is 385; this model's vectors have only 384"),
         ("a", {"input_type": "query"}, "input_type", "not supported"),
     ],
 )  # fmt: skip

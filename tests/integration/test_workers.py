@@ -204,7 +204,10 @@ def test_an_answer_that_needs_more_than_the_whole_cache_is_refused_with_the_numb
     assert server.complete(prompt=[300] * 12).status_code == 200
     error = error_of(server.complete(prompt=[300] * 13))
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
-    assert "has 13 tokens, and the answer may have 8; the engine's key/value cache has space for 20" in error["message"]
+    assert (
+        "has 13 tokens, and the answer can have 8, but the engine's key/value cache has space for only 20"
+        in error["message"]
+    )
     assert server.complete(prompt=[300] * 13, max_tokens=7).status_code == 200
 
 

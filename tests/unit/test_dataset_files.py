@@ -87,7 +87,7 @@ def test_csv_json_and_parquet_give_the_same_samples_as_jsonl(tmp_path: Path) -> 
         ("a.json", b'[{"text": "a"}, {"text": 3}]', ", record 2: text must be text, found a number"),
         ("a.json", b'[{"text": ' + b"[" * 100_000, ", record 1: not valid JSON: the value is nested too deeply"),
         ("a.jsonl", b'{"text": "a"}\n{"text": Infinity}\n', ":2: not valid JSON: Infinity is not a JSON value"),
-        ("a.jsonl", b'\n{"text": "\\ud83d"}\n', ":2: text has half a character (lone surrogate \\ud83d)"),
+        ("a.jsonl", b'\n{"text": "\\ud83d"}\n', ":2: text has an incomplete character (lone surrogate \\ud83d)"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000, ":1: not valid JSON: the value is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", ":1: not valid JSON: Exceeds the limit"),
         ("a.jsonl", b'{\n "text": "a"\n}\n{\n "text": "b"\n}\n', ":1: the first record spans several lines"),

@@ -154,7 +154,7 @@ def test_an_assistant_turn_of_weight_zero_is_context_only() -> None:
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{"function": 1}]}]}, "tool_calls[0].function must be"),
         ({"messages": [USER, ANSWER], "tools": [1]}, "'tools' must be a list of objects"),
         ({"text": ""}, "'text' is empty"),
-        ({"text": "\ud83d"}, "text has half a character (lone surrogate \\ud83d)"),
+        ({"text": "\ud83d"}, "text has an incomplete character (lone surrogate \\ud83d)"),
         ({"\ud83d": 1}, "no known format has the fields ?"),
         ({"instruction": "q", "output": {"part": "seal"}}, "output must be text, found an object"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "are only for the methods dpo and orpo"),

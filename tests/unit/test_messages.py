@@ -46,7 +46,7 @@ def test_an_answer_that_no_flag_excludes_is_trained_on(flag: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ({"weight": 0.5}, "messages[1].weight is 0.5. The weight must be 1, or 0 (context only)."),
+        ({"weight": 0.5}, "messages[1].weight is 0.5. The weight must be 1, or 0 to exclude the turn from training."),
         ({"weight": "0"}, 'messages[1].weight is "0".'),
         ({"weight": True}, "messages[1].weight is true."),
         ({"weight": 2}, "messages[1].weight is 2."),
@@ -189,7 +189,7 @@ def test_null_counts_as_missing_except_in_arguments() -> None:
         ({"role": "user", "content": ["x"]}, "conversations[1].content must be text, found a list"),
         ({"role": "user", "content": [{"type": "image_url"}]}, 'content[0] has type "image_url": only text'),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "content[0].text must be text, found a number"),
-        ({"role": "user", "content": "\ud83d half"}, "conversations[1].content has half a character (lone surrogate"),
+        ({"role": "user", "content": "\ud83d half"}, "conversations[1].content has an incomplete character (lone surrogate"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ud83d"}}}]}, "has half"),
         ({"role": "a long text " * 9, "content": "x"}, "conversations[1].role is text."),
         ({"role": "\ud83d", "content": "x"}, 'conversations[1].role is "\\ud83d"'),

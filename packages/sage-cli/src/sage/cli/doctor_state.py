@@ -76,9 +76,9 @@ def _database(report: dict[str, Any]) -> Finding:
         )
         return Finding("database", "failed", f"{name} cannot be read: {report['fault']}.", remedy)
     if not report["exists"]:
-        return Finding("database", "ok", f"{name} does not exist yet; the gateway creates it")
+        return Finding("database", "ok", f"{name} does not exist yet; the gateway creates the database")
     if revision is None:
-        return Finding("database", "ok", f"{name} is empty; the gateway creates its tables")
+        return Finding("database", "ok", f"{name} is empty; the gateway creates the tables")
     if revision > newest:
         message = f"{name} has schema {revision}; this version of SAGE supports at most schema {newest}."
         return Finding("database", "failed", message, "Upgrade SAGE, or use another database.")
@@ -90,7 +90,7 @@ def _clock(report: dict[str, Any]) -> Finding:
     if abs(skew_seconds) > _SKEW_SECONDS:
         relation = "behind" if skew_seconds > 0 else "ahead of"
         message = f"The clock of this machine is {abs(skew_seconds):.0f} s {relation} the clock of the database server."
-        return Finding("clock", "warning", message, "Synchronize both clocks, for example with chrony.")
+        return Finding("clock", "warning", message, "Synchronize the clocks of both machines, for example with chrony.")
     if ahead_seconds > _SKEW_SECONDS:
         message = f"The clock was set back: the newest event is {ahead_seconds:.0f} s in the future."
         return Finding("clock", "warning", message, "Synchronize the clock, for example with `timedatectl set-ntp true`.")
@@ -115,7 +115,12 @@ def gateway(settings: Settings) -> Iterator[Finding]:
         yield Finding("gateway", "ok", f"{client.base_url}, PID {health['pid']}")
         return
     remedy = "Run `sage gateway stop`. The next command starts the new version. Engines continue to run."
-    yield Finding("gateway", "warning", f"The gateway at {client.base_url} has version {health['version']}.", remedy)
+    yield Finding(
+        "gateway",
+        "warning",
+        f"The gateway at {client.base_url} has version {health['version']}, but this command has another version.",
+        remedy,
+    )
 
 
 def _port(settings: Settings) -> Finding:
@@ -148,7 +153,7 @@ def installed_service() -> Iterator[Finding]:
         return
     text = f"{service.unit_path()}; start at login: {found.enabled}; now: {found.active}"
     if found.active == "failed":
-        yield Finding("service", "failed", text, f"Show the reason: `journalctl --user --unit {service.UNIT}`.")
+        yield Finding("service", "failed", text, f"To see the reason, run `journalctl --user --unit {service.UNIT}`.")
     else:
         yield Finding("service", "ok", text)
 

@@ -16,7 +16,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(llm.app, name="llm", help="Fine-tune, serve and chat; manage engines, models and datasets.")
-app.add_typer(route.app, name="route", help="Set, list and remove routes from model names to engines.")
+app.add_typer(route.app, name="route", help="Set, list and remove routes; a route maps a model name to engines.")
 app.add_typer(gateway.app, name="gateway", help="Start, stop and check the process that manages the engines.")
 app.add_typer(webhook.app, name="webhook", help="Check the URLs that receive messages about engines.")
 app.add_typer(backend.app, name="backend", help="Install, check and compare the programs that run engines.")

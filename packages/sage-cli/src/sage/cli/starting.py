@@ -127,10 +127,12 @@ def is_interactive() -> bool:
 
 def _check_given(model: str, kind: str, options: dict[str, Any]) -> None:
     if not model:  # for example, a shell variable that is not set
-        raise ConfigError(code="config_invalid", message="The model's name is empty.", hint="Give a name or a folder.")
+        raise ConfigError(
+            code="config_invalid", message="The model's name is empty.", hint="Give the name or folder of a model."
+        )
     for field, flag in (("dataset_path", "--dataset"), ("output_dir", "--output")):
         if kind == EngineKind.FINETUNE and field not in options:
-            raise ConfigError(code="option_missing", message=f"A finetune engine needs {flag}.", param=flag)
+            raise ConfigError(code="option_missing", message=f"An engine of kind finetune needs {flag}.", param=flag)
     for option in OPTIONS:
         if kind != EngineKind.FINETUNE and option.field in options:
             flag = option.declaration.partition("/")[0]

@@ -38,12 +38,14 @@ OPTIONS = (
         "dataset_path",
         list[str],
         None,
-        "Dataset (.jsonl, .json, .csv, .parquet or folder); with FILE=WEIGHT, each sample of FILE is used WEIGHT times; "
-        "may be repeated.",
+        "Dataset: a .jsonl, .json, .csv or .parquet file, or a folder. FILE=WEIGHT uses each sample of FILE WEIGHT times. "
+        "The option may be repeated.",
         "--dataset",
     ),
-    TrainingOption("output_dir", str, None, "Folder to write the result to.", "--output"),
-    TrainingOption("finetuning_type", str, "lora", "lora (trains an adapter) or full (trains all weights)."),
+    TrainingOption("output_dir", str, None, "Output folder for the trained adapter or model.", "--output"),
+    TrainingOption(
+        "finetuning_type", str, "lora", "Type of fine-tuning: lora (trains an adapter) or full (trains all weights)."
+    ),
     TrainingOption(
         "eval_path", str, None, "Held-out dataset on which the model is evaluated before and after training.", "--eval"
     ),
@@ -65,29 +67,43 @@ OPTIONS = (
     TrainingOption("batch_size", int, 4, "Samples per micro-batch."),
     TrainingOption("pack_tokens", int, None, "Pack samples into micro-batches of up to this many tokens."),
     TrainingOption("gradient_accumulation_steps", int, 1, "Micro-batches per optimizer step."),
-    TrainingOption("num_processes", int, 1, "Data-parallel processes, one GPU each."),
+    TrainingOption("num_processes", int, 1, "Number of data-parallel processes; each process uses one GPU."),
     TrainingOption("max_seq_length", int, 512, "Maximum tokens of a sample; longer samples are truncated."),
     TrainingOption("lora_rank", int, 8, "Rank of the adapter."),
     TrainingOption("lora_alpha", int, 16, "Alpha: the adapter's output is scaled by alpha / rank."),
     TrainingOption("lora_dropout", float, 0.0, "Dropout probability of the adapter's inputs."),
-    TrainingOption("target_modules", str, "all-linear", "Names of the layers to adapt, separated by commas."),
-    TrainingOption("exclude_modules", str, None, "Names of layers not to adapt, separated by commas."),
-    TrainingOption("modules_to_save", str, None, "Names of modules to train fully, separated by commas."),
+    TrainingOption("target_modules", str, "all-linear", "Names of the layers that get a LoRA adapter, separated by commas."),
+    TrainingOption("exclude_modules", str, None, "Names of layers that get no LoRA adapter, separated by commas."),
+    TrainingOption(
+        "modules_to_save", str, None, "Names of modules to train fully and to save with the adapter, separated by commas."
+    ),
     TrainingOption("use_rslora", bool, False, "Scale the adapter by alpha / sqrt(rank) (rsLoRA).", "--use-rslora"),
-    TrainingOption("use_dora", bool, False, "Train the direction and length of weights separately (slower).", "--use-dora"),
-    TrainingOption("loraplus_lr_ratio", float, None, "LoRA+: ratio of the learning rates of matrix B and matrix A."),
+    TrainingOption(
+        "use_dora", bool, False, "Train magnitude and direction of the weights separately (DoRA); slower.", "--use-dora"
+    ),
+    TrainingOption(
+        "loraplus_lr_ratio",
+        float,
+        None,
+        "LoRA+: learning rate of the matrices B, divided by the learning rate of the matrices A.",
+    ),
     TrainingOption("train_on", str, "assistant", "Tokens to compute the loss on: assistant, last_turn or all."),
     TrainingOption(
-        "method", str, "sft", "What to learn from: answers (sft), preferences (dpo, orpo or kto), or rewards (grpo)."
+        "method",
+        str,
+        "sft",
+        "Training method: sft (learns from answers), dpo, orpo or kto (from preferences), or grpo (from rewards).",
     ),
     TrainingOption(
         "beta", float, None, "Weight of the KL term (dpo, kto and grpo) or of the preference term (orpo) in the loss."
     ),
     TrainingOption("reward_file", str, None, "Python file that defines reward(prompts, completions, **columns); for grpo."),
-    TrainingOption("num_generations", int, 4, "Completions per prompt, for grpo."),
+    TrainingOption("num_generations", int, 4, "For grpo: number of completions to generate for each prompt."),
     TrainingOption("max_completion_length", int, 256, "Maximum completion length in tokens, for grpo."),
     TrainingOption("learning_rate", float, 1e-4, "Peak learning rate."),
-    TrainingOption("lr_scheduler", str, "cosine", "cosine, linear, constant or constant_with_warmup."),
+    TrainingOption(
+        "lr_scheduler", str, "cosine", "Learning rate schedule: cosine, linear, constant or constant_with_warmup."
+    ),
     TrainingOption("warmup_steps", int, 5, "Steps of learning rate warmup."),
     TrainingOption("weight_decay", float, 0.0, "AdamW's weight decay."),
     TrainingOption("max_grad_norm", float, 1.0, "Gradient clipping norm; 0 disables clipping."),
@@ -95,15 +111,17 @@ OPTIONS = (
     TrainingOption("save_steps", int, 50, "Steps between checkpoints."),
     TrainingOption("keep_checkpoints", int, 2, "Number of checkpoints to keep."),
     TrainingOption("precision", str, "auto", "Precision: auto, fp32 or bf16."),
-    TrainingOption("fast_kernels", str, "auto", "Optimized training step: auto, or off (use PEFT's step)."),
+    TrainingOption(
+        "fast_kernels", str, "auto", "SAGE's optimized training step: auto (used if the model supports it) or off."
+    ),
     TrainingOption(
         "gradient_checkpointing", str, "auto", "Gradient checkpointing: on, off or auto (on if memory is short)."
     ),
     TrainingOption(
         "use_8bit", bool, True, "Store the base model in 8 bits, if the device supports it.", "--use-8bit/--no-use-8bit"
     ),
-    TrainingOption("quantization", str, None, "Quantization of the base model on any device: 8bit, 4bit or none."),
-    TrainingOption("seed", int, 42, "Random seed of adapter weights, sample order and dropout."),
+    TrainingOption("quantization", str, None, "Quantization of the base model: 8bit, 4bit or none; overrides --use-8bit."),
+    TrainingOption("seed", int, 42, "Random seed for the initial adapter weights, the order of the samples, and dropout."),
     TrainingOption(
         "report_to",
         list[str],

@@ -54,7 +54,9 @@ def headers(api_key: str | None) -> dict[str, str]:
     if not api_key:
         return {}
     if not (api_key.isascii() and api_key.isprintable()):
-        raise ConfigError(code="api_key_invalid", message="The API key has characters other than printable ASCII.")
+        raise ConfigError(
+            code="api_key_invalid", message="The API key has characters that are not printable ASCII characters."
+        )
     return {"Authorization": f"Bearer {api_key}"}
 
 

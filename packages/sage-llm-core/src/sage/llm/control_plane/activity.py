@@ -67,7 +67,7 @@ class Activity:
         try:
             engine = await self._pool.run(self._store.touch, route.engine_id)
         except Exception as error:  # noqa: BLE001 - logged
-            logger.warning("a request to %s cannot be recorded: %r", route.engine_id, error)
+            logger.warning("the time of a request to %s cannot be stored: %r", route.engine_id, error)
             return route.state is EngineState.RUNNING
         self._touched_seconds[route.engine_id] = at_seconds
         if engine.state is EngineState.RUNNING:

@@ -68,7 +68,9 @@ class Merger:
             await self._end(engine, error.message)
             return
         await self._write(self._store.add, merger, notes=(engine, {"merger_id": merger.id}))
-        logger.info("%s: %s merges its adapter for the backend '%s'", engine.id, merger.id, merger.backend)
+        logger.info(
+            "%s: the temporary engine %s merges the adapter, for the backend '%s'", engine.id, merger.id, merger.backend
+        )
 
     async def _swap(self, action: SwapServers) -> None:
         engine, merger = action.engine, action.merger
@@ -80,7 +82,7 @@ class Merger:
         merged, replaced = await self._write(self._store.swap_servers, engine, merger, form=MERGED)
         self._routing.apply(merged, action.merger_server)
         self._routing.apply(replaced, action.server)
-        logger.info("%s: its merged model answers now, with the backend '%s'", engine.id, merged.backend)
+        logger.info("%s: the merged model now answers requests, with the backend '%s'", engine.id, merged.backend)
 
     async def _problem(self, merger_id: str) -> str:
         with contextlib.suppress(NotFound):

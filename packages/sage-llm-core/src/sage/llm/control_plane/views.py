@@ -92,7 +92,7 @@ class Views:
                 return self._read(_Key(engine))
             return self._executors[engine.kind].view_fields(engine, observed)
         except Exception as error:
-            logger.debug("the view of %s cannot be created", engine.id, exc_info=error)
+            logger.debug("the data of engine %s cannot be read", engine.id, exc_info=error)
             message = f"The engine's files cannot be read: {type(error).__name__}: {first_line(error)}."
             return {"reason": engine.reason or Reason(code="engine_unreadable", message=message)}
 

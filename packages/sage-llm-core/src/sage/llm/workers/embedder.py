@@ -59,7 +59,8 @@ class Embedder:
         """
         if request.dimensions and request.dimensions > self.dimensions:
             raise _invalid(
-                f"dimensions is {request.dimensions}; this model's vectors have {self.dimensions} components.", "dimensions"
+                f"dimensions is {request.dimensions}; this model's vectors have only {self.dimensions} components.",
+                "dimensions",
             )
         return [self._read(f"input {index}", given) for index, given in enumerate(request.input)]
 
@@ -74,7 +75,7 @@ class Embedder:
             if not self._takes_tokens:
                 raise _invalid(f"{place}: this model takes text, not token ids.", "input")
             if max(given) >= (known := self._vocabulary_size()):
-                raise _invalid(f"{place}: token {max(given)} does not exist; the model has {known} tokens.", "input")
+                raise _invalid(f"{place}: token id {max(given)} does not exist; the model has {known} tokens.", "input")
             read = Input(given, len(given))
         elif self._max_tokens and len(given) > self._max_tokens * _MAX_CHARACTERS_PER_TOKEN:
             raise self._too_long(f"{place} has {len(given)} characters")
@@ -145,7 +146,8 @@ def _load(folder: Path) -> Any:
     if not (folder / "modules.json").is_file():
         pooling = model[-1].pooling_mode if len(model) > 1 else "its own"
         logger.warning(
-            "%s has no settings of sentence-transformers, so %s pooling is used; perhaps the model needs another pooling.",
+            "The model in %s has no modules.json, so %s pooling is used; if the model needs another pooling, "
+            "its vectors are wrong.",
             folder, pooling,
         )  # fmt: skip
     return model

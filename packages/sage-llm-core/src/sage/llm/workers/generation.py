@@ -151,8 +151,8 @@ class Engine:
         if self._cache_tokens and prompt_tokens + answer_tokens > self._cache_tokens:
             raise ConfigError(
                 code="context_length_exceeded",
-                message=f"The prompt has {prompt_tokens} tokens, and the answer may have {answer_tokens}; the engine's "
-                f"key/value cache has space for {self._cache_tokens} tokens.",
+                message=f"The prompt has {prompt_tokens} tokens, and the answer can have {answer_tokens}, but the engine's "
+                f"key/value cache has space for only {self._cache_tokens} tokens.",
                 hint="Shorten the prompt, or set a smaller max_tokens.",
                 param=param,
             )
@@ -280,7 +280,9 @@ def main() -> None:
     """Serve until SIGTERM."""
     options = server.parser()
     options.add_argument("--dtype", default="auto")
-    options.add_argument("--max-tokens", type=int, default=1024, help="Default maximum number of tokens of an answer.")
+    options.add_argument(
+        "--max-tokens", type=int, default=1024, help="Maximum tokens of an answer, if the request sets no maximum."
+    )
     options.add_argument("--slots", type=int, default=16, help="Maximum number of answers in progress at the same time.")
     options.add_argument("--context-tokens", type=int, help="Context length in tokens. Default: the model's limit.")
     options.add_argument("--cache-tokens", type=int, help="Maximum total tokens of all prompts and answers in progress.")

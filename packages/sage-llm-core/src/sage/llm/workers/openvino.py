@@ -57,7 +57,9 @@ def main() -> None:
         "--context-tokens", type=int, help="Context length in tokens; default and maximum: the context length of the model."
     )
     options.add_argument("--cache-tokens", type=int, help="Maximum total tokens of all prompts and answers in progress.")
-    options.add_argument("--max-tokens", type=int, required=True, help="Default maximum number of tokens of an answer.")
+    options.add_argument(
+        "--max-tokens", type=int, required=True, help="Maximum tokens of an answer, if the request sets no maximum."
+    )
     options.add_argument("--threads", type=int, required=True)
     given = options.parse_args()
     server.run(lambda: build(given), given)

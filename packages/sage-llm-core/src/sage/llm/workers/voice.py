@@ -59,7 +59,7 @@ class Voice:
         try:
             return self.chat_format.prompt_ids(asked.messages, tools or None)
         except Exception as error:  # jinja and templates raise all kinds of exceptions
-            raise _invalid(f"messages: the model's chat template rejects them: {error}", "messages") from error
+            raise _invalid(f"The model's chat template rejects the messages: {error}", "messages") from error
 
     def ends_in_reasoning(self, prompt: list[int]) -> bool:
         """Return whether a prompt ends with the marker that opens the reasoning. Some templates add this marker."""
@@ -88,13 +88,14 @@ class Voice:
         if not prompt:
             raise _invalid(f"{param} is empty; the model needs at least one token.", param)
         if max(prompt) >= known:
-            raise _invalid(f"{param}: token {max(prompt)} does not exist; the model has {known} tokens.", param)
+            raise _invalid(f"{param}: token id {max(prompt)} does not exist; the model has {known} tokens.", param)
         if (token := max(sampling.logit_bias, default=0)) >= known:
-            raise _invalid(f"logit_bias: token {token} does not exist; the model has {known} tokens.", "logit_bias")
+            raise _invalid(f"logit_bias: token id {token} does not exist; the model has {known} tokens.", "logit_bias")
         if len(prompt) + min(1, sampling.max_tokens) > self.context_tokens:
             raise ConfigError(
                 code="context_length_exceeded",
-                message=f"The prompt has {len(prompt)} tokens; the model's context has {self.context_tokens}.",
+                message=f"The prompt has {len(prompt)} tokens; prompt and answer together can have at most "
+                f"{self.context_tokens}.",
                 hint="Shorten the prompt.",
                 param=param,
             )

@@ -72,5 +72,5 @@ class Body:
 
     def _too_large(self) -> Refusal:
         limit_mb = self._budget.max_bytes // 1_000_000
-        return Refusal(413, "request_too_large", f"The body is larger than {limit_mb} MB.",
+        return Refusal(413, "request_too_large", f"The request body is larger than {limit_mb} MB.",
                        "Send a smaller body, or raise the setting max_request_mb.")  # fmt: skip

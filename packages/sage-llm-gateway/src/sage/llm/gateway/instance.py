@@ -29,7 +29,8 @@ def take_lock() -> None:
         raise Conflict(
             code="gateway_running",
             message=f"A gateway is already running (PID {process.pid if process and process.pid else 'unknown'}).",
-            hint="Show it: `sage gateway status`; stop it: `sage gateway stop`. `--standby` starts a second gateway.",
+            hint="`sage gateway status` shows the running gateway, `sage gateway stop` stops it. `--standby` starts a "
+            "second gateway.",
         )
 
 
@@ -55,7 +56,7 @@ async def follow_role(manager: ControlPlaneManager, settings: Settings, *, stand
                 logger.info("this gateway is now active")
             was_active = is_active
         except OSError as error:
-            logger.warning("the address cannot be published, retrying: %s", error)
+            logger.warning("the address of this gateway cannot be published, retrying: %s", error)
         await asyncio.sleep(_STANDBY_SECONDS)
 
 

@@ -16,30 +16,33 @@ EngineId = Annotated[str, typer.Argument(help="The engine's id.", metavar="ENGIN
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 IdleStop = Annotated[
     float | None,
-    typer.Option(metavar="MINUTES", help="Unload the engine after this time without requests; the next request reloads it."),
+    typer.Option(
+        metavar="MINUTES",
+        help="Unload the engine after this number of minutes without requests; the next request reloads it.",
+    ),
 ]
-Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the result when the run is completed.")]
+Serve = Annotated[bool, typer.Option("--serve", help="For finetune: serve the trained model when the run is completed.")]
 ServeAs = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Model name of the served result. Default: the value of --name if --name is given, otherwise the name of the "
-        "output folder.",
+        help="Name of the trained model in requests. Default: the value of --name if --name is given, otherwise the name of "
+        "the output folder.",
     ),
 ]
 ServeCheckpoints = Annotated[
-    bool, typer.Option("--serve-checkpoints", help="Serve the newest checkpoint while the run trains.")
+    bool, typer.Option("--serve-checkpoints", help="For finetune: serve the newest checkpoint during training.")
 ]
 Wait = Annotated[
     bool | None,
     typer.Option(
         "--wait/--no-wait",
-        help="With --wait, return when the engine has ended. With --no-wait, return when the engine is validated. "
-        "By default, return when the engine serves or trains.",
+        help="With --wait, the command returns when the engine has ended; with --no-wait, when the engine is validated; "
+        "by default, when the engine serves or trains.",
     ),
 ]
 Options = Annotated[
-    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Further option of the backend; may be repeated.")
+    list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Any other option of the backend; may be repeated.")
 ]
 
 
@@ -54,10 +57,13 @@ class Busy(StrEnum):
 
 OnBusyOption = Annotated[
     Busy | None,
-    typer.Option("--on-busy", help="What to do if not enough memory is free; default: the setting on_busy (wait)."),
+    typer.Option(
+        "--on-busy", help="What to do if not enough memory is free; default: the setting on_busy ('wait' unless changed)."
+    ),
 ]
 Priority = Annotated[
-    int | None, typer.Option(min=-100, max=100, help="Engines with a higher number are ahead in the queue; default: 0.")
+    int | None,
+    typer.Option(min=-100, max=100, help="Priority in the queue: engines with a higher number come first; default: 0."),
 ]
 Devices = Annotated[
     str | None, typer.Option(metavar="LIST", help="Devices that the engine may use, for example cuda:0,cuda:1 or cpu.")
@@ -111,11 +117,13 @@ class Quantize(StrEnum):
 @app.command("start")
 @with_training_options
 def start(
-    model: Annotated[str, typer.Argument(help="Folder, name in the models folder, or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a name in the models folder, or a hub id.")],
     engine_kind: Annotated[Kind, typer.Option(help="Kind of engine.")] = Kind.llm,
     name: Annotated[str | None, typer.Option(help="Model name in requests; default: the MODEL argument.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the engine; default: any free port.")] = None,
-    backend: Annotated[str | None, typer.Option(help="Program that runs the engine; default: the fastest one.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Program that runs the engine; default: the fastest installed backend for the model.")
+    ] = None,
     restart_policy: Annotated[
         Policy | None, typer.Option(help="When to restart the engine automatically; default: the setting restart_policy.")
     ] = None,
@@ -127,11 +135,16 @@ def start(
     ] = None,
     dedicated: Annotated[
         bool,
-        typer.Option("--dedicated", help="Run the engine in its own process; an adapter is merged into its base model."),
+        typer.Option(
+            "--dedicated", help="Run the engine in its own process; if MODEL is an adapter, merge it into its base model."
+        ),
     ] = False,
     merge_in_background: Annotated[
         bool,
-        typer.Option("--merge-in-background", help="For an adapter: serve the adapter at once, and the merged model later."),
+        typer.Option(
+            "--merge-in-background",
+            help="For an adapter: serve the adapter at once, and merge it into its base model in the background.",
+        ),
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="For llm: data type of the weights: auto, fp32 or bf16.")] = None,
     context_tokens: Annotated[
@@ -140,7 +153,7 @@ def start(
     slots: Annotated[int | None, typer.Option(help="For llm: maximum number of answers generated at the same time.")] = None,
     quantize: Annotated[
         Quantize | None,
-        typer.Option(help="For llm: quantize the weights, which makes answers faster but less exact; default: none."),
+        typer.Option(help="For llm: quantization of the weights (answers are faster, but less exact); default: none."),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="For llm: maximum tokens of an answer, if the request sets no maximum.")
@@ -200,8 +213,8 @@ def _pair(text: str, name: str, example: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not key or not separator:
         raise ConfigError(
-            code="config_invalid", message=f"--{name} '{text}' is not KEY=VALUE.", hint=f"Example: --{name} {example}",
-            param=name,
+            code="config_invalid", message=f"--{name} '{text}' does not have the form KEY=VALUE.",
+            hint=f"Example: --{name} {example}", param=name,
         )  # fmt: skip
     return key, value
 
@@ -210,10 +223,12 @@ def _pair(text: str, name: str, example: str) -> tuple[str, str]:
 def list_(
     json_: Json = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh the list until Ctrl-C.")] = False,
-    all_: Annotated[bool, typer.Option("--all", "-a", help="Show all settled engines.")] = False,
-    limit: Annotated[int, typer.Option(min=0, max=1000, help="Maximum number of settled engines.")] = 20,
-    state: Annotated[list[State] | None, typer.Option(help="Only engines in this state; may be repeated.")] = None,
-    kind: Annotated[list[Kind] | None, typer.Option(help="Only engines of this kind; may be repeated.")] = None,
+    all_: Annotated[bool, typer.Option("--all", "-a", help="Show all stopped, completed and failed engines.")] = False,
+    limit: Annotated[
+        int, typer.Option(min=0, max=1000, help="Maximum number of stopped, completed and failed engines to show.")
+    ] = 20,
+    state: Annotated[list[State] | None, typer.Option(help="Show only engines in this state; may be repeated.")] = None,
+    kind: Annotated[list[Kind] | None, typer.Option(help="Show only engines of this kind; may be repeated.")] = None,
 ) -> None:
     """List the active engines and the newest settled ones (stopped, completed or failed)."""
     from sage.cli import daemon, listing, render
@@ -232,7 +247,7 @@ def list_(
     else:
         render.stdout().print(render.engine_table(engines))
     if has_more:
-        typer.echo("There are older settled engines; --all shows them.", err=True)
+        typer.echo("There are older engines that have ended; --all shows them.", err=True)
 
 
 @app.command("status")
@@ -247,7 +262,7 @@ def status(engine_id: EngineId, json_: Json = False) -> None:
 @app.command("logs")
 def logs(
     engine_id: EngineId,
-    tail: Annotated[int, typer.Option(min=0, help="Number of lines to print, from the end.")] = 100,
+    tail: Annotated[int, typer.Option(min=0, help="Number of lines to print from the end of the log.")] = 100,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the engine has ended.")] = False,
 ) -> None:
     """Print an engine's log."""
@@ -277,7 +292,9 @@ def events(
 @app.command("stop")
 def stop(
     engine_id: EngineId,
-    force: Annotated[bool, typer.Option(help="Kill the engine; training since the last checkpoint is lost.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Kill the engine; a training run loses the steps since its last checkpoint.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the engine has stopped.")] = True,
 ) -> None:
     """Stop an engine. A training run first saves a checkpoint and the model trained so far."""

@@ -143,8 +143,8 @@ class Findings:
             hints = " ".join(dict.fromkeys(finding.hint for finding in warnings))
             raise DatasetError(
                 code="dataset_warnings",
-                message=f"The model would not learn all of {path} correctly. {' '.join(map(str, warnings))}",
-                hint=f"{hints} `sage llm dataset show {path} --model {model}` shows the trained text; "
+                message=f"The model would not learn all samples of {path} correctly. {' '.join(map(str, warnings))}",
+                hint=f"{hints} `sage llm dataset show {path} --model {model}` shows the text to train on; "
                 "`--allow-warnings` trains despite the warnings.",
                 param="dataset_path",
             )

@@ -162,19 +162,23 @@ def _untrained(item: Mapping[str, Any], flags: list[str], where: str) -> bool:
     for name in flags:
         value = item[name]
         if name == "weight" and (isinstance(value, bool) or value not in (0, 1)):
-            raise RecordError(f"{where}.weight is {shown(value)}.", "The weight must be 1, or 0 (context only).")
+            raise RecordError(
+                f"{where}.weight is {shown(value)}.", "The weight must be 1, or 0 to exclude the turn from training."
+            )
         if name != "weight" and not isinstance(value, bool):
-            raise RecordError(f"{where}.{name} is {shown(value)}.", "The value must be true, or false (context only).")
+            raise RecordError(
+                f"{where}.{name} is {shown(value)}.", "The value must be true, or false to exclude the turn from training."
+            )
         values[name] = bool(value)
     if len(set(values.values())) > 1:
-        raise RecordError(f"{where}: {' and '.join(values)} contradict each other.", "Keep one of them.")
+        raise RecordError(f"{where}: the fields {' and '.join(values)} contradict each other.", "Keep one of them.")
     return False in values.values()
 
 
 def _reasoning(item: Mapping[str, Any], where: str) -> str:
     values = {name: text_of(item[name], f"{where}.{name}") for name in _REASONING if name in item}
     if len(set(values.values())) > 1:
-        raise RecordError(f"{where}: {' and '.join(values)} differ.", "Keep one of them.")
+        raise RecordError(f"{where}: the fields {' and '.join(values)} differ.", "Keep one of them.")
     return next(iter(values.values()), "")
 
 

@@ -54,7 +54,9 @@ def _pair(record: Record, method: Method, *tools: str) -> Parsed:
         contexts.append(context)
     if contexts[0] != contexts[1]:
         if not prompt:
-            raise RecordError("'prompt' is missing, and 'chosen' and 'rejected' begin differently.", _PROMPT_HINT)
+            raise RecordError(
+                "'prompt' is missing, and 'chosen' and 'rejected' begin with different messages.", _PROMPT_HINT
+            )
         raise RecordError("Only one of 'chosen' and 'rejected' repeats the prompt.", "Remove the repeated prompt.")
     shared = _common_length(answers["chosen"], answers["rejected"])
     context = _context(contexts[0] + answers["chosen"][:shared])

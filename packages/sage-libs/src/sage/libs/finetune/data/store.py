@@ -116,7 +116,7 @@ def load_or_tokenize(path: Path, encoder: Encoder, on_progress: OnProgress, spli
                 raise DatasetError(
                     code="dataset_changed",
                     message=f"The dataset {path} changed while it was read.",
-                    hint="Start the run again when the file is complete.",
+                    hint="Start the run again when no other program is writing to the dataset.",
                     param="dataset_path",
                 )
             found = _publish(aside, folder)

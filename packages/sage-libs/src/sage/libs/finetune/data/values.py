@@ -94,7 +94,7 @@ def encodable(text: str, where: str) -> str:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):04x}"
-            raise RecordError(f"{where} has half a character (lone surrogate {half}).", "Fix the text.") from error
+            raise RecordError(f"{where} has an incomplete character (lone surrogate {half}).", "Fix the text.") from error
     return text
 
 

@@ -45,7 +45,7 @@ class Checkpoint:
             raise NotFound(
                 code="checkpoint_not_found",
                 message=f"{folder} is not a checkpoint of a run: it has no readable {_MANIFEST}.",
-                hint="Checkpoints are the folders checkpoint-STEP in a run's directory.",
+                hint="Give a folder named checkpoint-STEP in a run's directory.",
                 param="resume_from_checkpoint",
             ) from error
 
@@ -100,7 +100,7 @@ class Checkpoint:
         if not wanted.max_steps and (found.max_steps or found.num_epochs != wanted.num_epochs):
             differing.append("num_epochs")
         if differing:
-            raise _mismatch(f"{self.path} belongs to a run that differs in {', '.join(sorted(differing))}")
+            raise _mismatch(f"{self.path} belongs to a run that differs from the new run in {', '.join(sorted(differing))}")
         if self.step >= total_steps:
             raise _mismatch(f"{self.path} is at step {self.step} of {total_steps}: no step is left to train")
 
@@ -108,7 +108,7 @@ class Checkpoint:
         try:
             return RunDirectory(self.path.resolve().parent).read_spec()
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _mismatch(f"the spec.json of the run that saved {self.path} cannot be read") from error
+            raise _mismatch(f"The spec.json of the run that saved {self.path} cannot be read") from error
 
 
 def publish(written: Path, run: Path, step: int) -> Checkpoint:

@@ -61,7 +61,7 @@ class CheckpointSpace:
                 code="disk_full",
                 message=f"The disk of {self._run} is full: a checkpoint needs {_shown(self._checkpoint_bytes)}, "
                 f"and {_shown(free_bytes)} are free. Earlier checkpoints are intact.",
-                hint="Free some space, then `resume` the run.",
+                hint="Free up disk space, then resume the run.",
             )
 
 

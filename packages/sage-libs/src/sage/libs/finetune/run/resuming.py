@@ -37,7 +37,7 @@ def checkpoint_to_resume(run: RunDirectory, given: str | None, base: Path, warn:
         raise ModelError(
             code="base_changed",
             message=f"The base model in {base} has changed since the run began, so the run cannot be resumed.",
-            hint="Restore the old model, or start a new run.",
+            hint="Restore the old base model, or start a new run.",
             param="base_model",
         )
     return checkpoint
@@ -59,8 +59,8 @@ def best_checkpoint(run: RunDirectory, step: int, warn: Warn) -> Checkpoint | No
         best.verify()
     except RunError as error:
         warn(
-            f"The result is from the last step, because the checkpoint of step {step}, which had the lowest loss, "
-            f"cannot be used: {error.message}"
+            "The weights of the last step are saved as the result, because the checkpoint with the lowest loss "
+            f"(step {step}) cannot be used: {error.message}"
         )
         return None
     return best

@@ -82,7 +82,11 @@ class RunCallback(TrainerCallback):
         started = StartedEvent(step=state.global_step, total_steps=state.max_steps, **self.started_fields(state))
         self.run.append_event(started)
         logger.info(
-            "training: step %d of %d (%s; %s)", state.global_step, state.max_steps, started.precision, started.kernels
+            "training: step %d of %d (precision: %s; kernels: %s)",
+            state.global_step,
+            state.max_steps,
+            started.precision,
+            started.kernels,
         )
         event = self.changes.requested(args, state, lr_scheduler) if self.team.is_main_process else None
         self.changes.apply(self.team.broadcast(event), args, state, lr_scheduler)
@@ -145,8 +149,9 @@ class RunCallback(TrainerCallback):
         if self.diverged_steps == _DIVERGED_STEPS:
             raise RunError(
                 code="loss_exploded",
-                message=f"The loss has been above {_DIVERGED} × ln(vocabulary) = {_DIVERGED * self.guessing_loss:.1f} for "
-                f"{_DIVERGED_STEPS} steps, and is {logs['loss']:.1f} at step {state.global_step}: training has diverged.",
+                message=f"Training has diverged: the loss has been above {_DIVERGED} × ln(vocabulary size) = "
+                f"{_DIVERGED * self.guessing_loss:.1f} for {_DIVERGED_STEPS} steps, and is {logs['loss']:.1f} at step "
+                f"{state.global_step}.",
                 hint="The last checkpoint is kept. Start a new run with a lower --learning-rate.",
             )
         self.meter.closing_seconds = self.heldout.seconds_left(state.global_step, state.max_steps)

@@ -133,8 +133,8 @@ def _check_tokens(report: Report, file: Path, llama_cpp: LlamaCpp, probes: list[
         if probe["tokens"] != tokens:
             raise ModelError(
                 code="export_unsupported",
-                message=f"llama.cpp tokenizes a prompt differently: {tokens[:20]} instead of {probe['tokens'][:20]} for "
-                f"{probe['messages'][-1]['content']!r}.",
+                message=f"llama.cpp tokenizes a prompt differently: {tokens[:20]} instead of {probe['tokens'][:20]} for the "
+                f"message {probe['messages'][-1]['content']!r}.",
                 hint="Export with `--format merged`, and serve the model with another program.",
                 param="format",
             )

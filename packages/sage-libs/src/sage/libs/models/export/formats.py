@@ -44,8 +44,8 @@ class LlamaCpp:
         if found is None:
             raise ConfigError(
                 code="backend_not_installed",
-                message=f"The environment of {self.interpreter} has no GGUF converter.",
-                hint="Install it with `sage backend install llamacpp`.",
+                message=f"The Python environment of {self.interpreter} has no GGUF converter.",
+                hint="To install the converter, run `sage backend install llamacpp`.",
             )
         return found.parent
 
@@ -67,7 +67,7 @@ class OpenVino:
         if not (folder / "openvino").is_dir():
             raise ConfigError(
                 code="backend_not_installed",
-                message=f"The environment of {self.interpreter} has no OpenVINO for {version}.",
+                message=f"The Python environment of {self.interpreter} has no OpenVINO for {version}.",
                 hint="Run `sage backend remove openvino`, then `sage backend install openvino`.",
             )
         return folder

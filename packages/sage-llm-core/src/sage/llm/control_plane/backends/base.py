@@ -23,7 +23,9 @@ class ServingOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: an equal share of the cores.")
+    threads: int | None = Field(
+        None, ge=1, description="Number of CPU threads; default: an equal share of the cores for each engine."
+    )
     quantize: Literal["none", "int8", "int4"] = Field(
         "none",
         description="Quantization of the weights. Quantized weights need less memory and are faster on a CPU, but "

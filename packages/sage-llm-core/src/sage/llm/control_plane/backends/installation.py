@@ -200,7 +200,7 @@ def _lock(environment: Environment, report: Report) -> Iterator[int]:
     is_told = False
     while (lock := try_lock(path)) is None:
         if not is_told:
-            report(f"Waiting for another command that installs or removes {environment.backend}.")
+            report(f"Waiting for another command that installs or removes the backend '{environment.backend}'.")
             is_told = True
         time.sleep(_POLL_SECONDS)
     try:

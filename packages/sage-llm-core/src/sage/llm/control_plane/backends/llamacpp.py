@@ -41,7 +41,7 @@ class LlamaCppOptions(ServingOptions):
     """The options of an engine that llama.cpp serves."""
 
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Data type of the weights; auto: the type of the GGUF file, or fp32 for other models."
+        "auto", description="Data type of the weights; auto: the type of the GGUF file, or fp32 for models in other formats."
     )
     context_tokens: int | None = Field(
         None, ge=16, description="Maximum number of tokens of a prompt plus its answer; default: the model's limit, "
