@@ -35,8 +35,8 @@ def folders() -> Iterator[Finding]:
         existing, left_bytes = nearest_existing(folder), free_bytes(folder)
         free = f"{left_bytes / 1e9:.1f} GB free" + (_copies() if name == "cache" else "")
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            problem = "writable" if existing.is_dir() else "a folder"
-            yield Finding(name, "failed", f"{existing} is not {problem}.", "Make the folder writable, or set SAGE_HOME.")
+            problem, remedy = ("writable", "Make it writable") if existing.is_dir() else ("a folder", "Remove the file")
+            yield Finding(name, "failed", f"{existing} is not {problem}.", f"{remedy}, or set SAGE_HOME to another folder.")
         elif left_bytes < _LOW_BYTES:
             yield Finding(
                 name, "warning", f"{folder}: {free}", "Free up disk space, or set SAGE_HOME to a folder on another disk."

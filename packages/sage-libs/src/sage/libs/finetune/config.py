@@ -30,7 +30,7 @@ class FinetuneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     base_model: str = Field(
-        min_length=1, description="Model or adapter to train: folder, name in the models folder, or hub id."
+        min_length=1, description="Model or adapter to train: a folder, a name in the models folder, or a hub id."
     )
     dataset_path: str | list[str] = Field(
         min_length=1,

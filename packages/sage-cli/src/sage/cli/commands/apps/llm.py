@@ -17,7 +17,7 @@ app.add_typer(dataset.app, name="dataset", help="Check and show datasets.")
 @app.command("fine-tune")
 @with_training_options
 def fine_tune(
-    base_model: Annotated[str, typer.Option(help="Model to train: folder, name in the models folder, or hub id.")],
+    base_model: Annotated[str, typer.Option(help="Model to train: a folder, a name in the models folder, or a hub id.")],
     serve: engine.Serve = False,
     serve_as: engine.ServeAs = None,
     serve_checkpoints: engine.ServeCheckpoints = False,
@@ -41,7 +41,7 @@ def fine_tune(
 @app.command("estimate")
 @with_training_options
 def estimate(
-    model: Annotated[str, typer.Argument(help="Model: folder, name in the models folder, or hub id.")],
+    model: Annotated[str, typer.Argument(help="Model: a folder, a name in the models folder, or a hub id.")],
     engine_kind: Annotated[engine.Kind, typer.Option(help="Kind of engine.")] = engine.Kind.llm,
     backend: Annotated[
         str | None, typer.Option(help="Backend to assume for the estimate; default: the fastest backend.")

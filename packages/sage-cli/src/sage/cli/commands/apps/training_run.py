@@ -52,7 +52,7 @@ def fork(
     max_steps: MaxSteps = None,
     early_stopping_patience: Patience = None,
     option: Annotated[
-        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Further option to change; may be repeated.")
+        list[str] | None, typer.Option("--option", metavar="KEY=VALUE", help="Another option to change; may be repeated.")
     ] = None,
     wait: Wait = None,
     json_: Json = False,
