@@ -78,7 +78,7 @@ def test_the_worker_reads_each_request_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({}, {}, "No option to change is given."),
+        ({}, {}, "The request contains no option to change."),
         ({"max_steps": 9}, {}, "has already completed step 9"),
         ({"max_steps": 30}, {"streaming": True, "max_steps": 20}, "run with streaming cannot be changed"),
         ({"early_stopping_patience": 2}, {}, "needs eval_steps"),

@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a specific model. Among the engines of the requested kind, the engine that
-#: became ready last answers such a request.
+#: Model name for requests that do not need a specific model. Such a request goes to the engine of the requested
+#: kind that became ready last.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 
@@ -305,7 +305,7 @@ class EstimateView(BaseModel):
     least_bytes: int = Field(description="Minimum memory with which the engine can run, in bytes.")
     devices: list[Device] = Field(description="The devices that the backend can use on this machine.")
     fits: bool = Field(
-        description="Whether one of the devices has enough free memory: at least `total_bytes` and `least_bytes`."
+        description="Whether one of the devices has enough free memory for the larger of `total_bytes` and `least_bytes`."
     )
     fitting_samples: int | None = Field(
         None,

@@ -113,9 +113,9 @@ class Hosts:
     def must_wait(self, engine: EngineRecord) -> bool:
         """Return whether an engine must wait before a new server is planned for it.
 
-        An engine that requests a port waits while a server with this port is closing or dead. Other engines wait
-        while a server that they can join is being planned or is dead. A server is dead if its process has exited,
-        but its row still exists.
+        A server is dead if its process has exited, but its row still exists. An engine that requests a port waits while a
+        server with this port is closing or dead. Other engines wait while a server with their base and options is being
+        planned or is dead.
         """
         if engine.requested_port:
             server = self._ports.get(engine.requested_port)
@@ -156,7 +156,7 @@ class Hosts:
         return server.state is not ServerState.PLANNED and server.id in self._dead
 
     def _makes_room(self, server: ServerRecord) -> bool:
-        """Return whether the memory of a server is promised to another engine: all engines of the server make room."""
+        """Return whether all engines of a server are being paused, so that another engine gets the memory of the server."""
         hosted = self._hosted.get(server.id, ())
         return bool(hosted) and all(map(is_making_room, hosted))
 

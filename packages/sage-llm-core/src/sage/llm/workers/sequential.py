@@ -24,7 +24,7 @@ class _State:
 
 
 class SequentialRunner:
-    """Runs one part in each pass."""
+    """Each forward pass computes tokens of only one answer."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -151,7 +151,7 @@ _BODIES = {
 
 
 def inference_schema(body: str) -> dict[str, Any]:
-    """Return keyword arguments for the decorator of an inference route; the arguments document the request and the answer.
+    """Return keyword arguments for the decorator of an inference route. They describe the request and the answer.
 
     body: key of `_BODIES`.
     """

@@ -106,7 +106,8 @@ def check_change(task_id: str, config: FinetuneConfig, status: RunStatus, option
         )
     if not options.model_dump(exclude_none=True):
         raise _refused(
-            "No option to change is given.", "Give at least one of learning_rate, max_steps, early_stopping_patience."
+            "The request contains no option to change.",
+            "Give at least one of learning_rate, max_steps, early_stopping_patience.",
         )
     if options.max_steps is not None and config.streaming:
         raise _refused(

@@ -187,7 +187,7 @@ def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
         "step": event.step,
         "total_steps": event.total_steps,
         "base_sha256": event.base_sha256 or status.base_sha256,
-        # A run continues from its newest intact checkpoint, so checkpoints after `event.step` are damaged.
+        # The run has begun at its newest intact checkpoint. If there are checkpoints after `event.step`, they are damaged.
         "checkpoint_step": min(status.checkpoint_step or 0, event.step) or None,
         "bf16": event.bf16,
         "bf16_products": event.bf16 if event.bf16_products is None else event.bf16_products,

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class HeldOut:
-    """Measures the held-out loss. Losses that earlier processes of the run measured are read from the events of the run."""
+    """Measures the held-out loss. The events of the run contain the losses that the run's earlier processes measured."""
 
     def __init__(
         self,
