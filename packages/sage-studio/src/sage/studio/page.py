@@ -104,8 +104,8 @@ class EnginesPage:
 class LossCurve:
     """The steps of one training run.
 
-    Each `read` of the same run requests only new steps. If more than 2 * _MAX_POINTS steps are stored, `read` discards the
-    stored steps and requests all steps again.
+    A repeated `read` of the same run requests only new steps, unless more than 2 * _MAX_POINTS steps are stored. Then,
+    `read` discards the stored steps and requests all steps again.
     """
 
     def __init__(self, client: AsyncSageClient) -> None:

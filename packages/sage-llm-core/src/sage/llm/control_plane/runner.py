@@ -63,7 +63,7 @@ _PLACED = {"queue_rank": None, "paused_by": None}
 class _Trouble:
     action: type[Action]
     error: str = ""
-    failures: int = 0  #: OSErrors, database errors and shortages are not counted
+    failures: int = 0  #: OSErrors, database errors and shortages (see `is_shortage`) are not counted
     retry_at_seconds: float = 0.0
 
 

@@ -1,4 +1,4 @@
-"""Run one answer at a time with transformers' cache, for models that give wrong results in packed passes."""
+"""Compute tokens of only one answer in each pass, for models that give wrong results with several answers in a pass."""
 
 import inspect
 from collections.abc import Callable

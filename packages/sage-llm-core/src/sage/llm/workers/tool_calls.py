@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 def calls_in(text: str, functions: Functions) -> tuple[Call, ...]:
-    """Return the calls in a text if all of them are valid and name known functions, else ()."""
+    """Return the calls in a text. If a call is invalid or its function is not in `functions`, return ()."""
     if _XML_CALL.search(text):
         found = [
             (name.strip(), _xml_arguments(body, functions.get(name.strip(), {}))) for name, body in _XML_CALL.findall(text)

@@ -1,4 +1,4 @@
-"""Middleware in front of all routes: check access, body and JSON, set request ids, and report unexpected errors."""
+"""Middleware in front of all routes: checks access and bodies, sets request ids, and reports unexpected errors."""
 
 import logging
 import random

@@ -15,7 +15,7 @@ _EXPORT_SECONDS = 2
 
 
 def traced_proxy(manager: ControlPlaneManager, settings: Settings) -> EngineProxy:
-    """Return a proxy that records traces if tracing is on; otherwise a proxy without traces."""
+    """If tracing is on, return a proxy that records traces. Otherwise, return a proxy without traces."""
     if not any(map(os.environ.get, _ENDPOINTS)):
         return EngineProxy(manager, settings)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Normed(NamedTuple):
-    """The tensors that are needed to recompute the output of a norm, so that no layer saves the output."""
+    """The tensors that are needed to recompute the output of a norm. Layers save these tensors instead of the output."""
 
     inputs: Tensor
     scale: Tensor  #: reciprocal of the root mean square of each row, with the shape (…, 1)

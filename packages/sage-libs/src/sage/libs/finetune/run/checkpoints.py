@@ -142,7 +142,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 def latest_good(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """Find the newest intact checkpoint, and rename the damaged checkpoints that are newer.
 
-    Returns the intact checkpoint, or None, and the problems of the damaged checkpoints.
+    Returns a pair: the intact checkpoint (None: no checkpoint is intact), and the problems of the damaged checkpoints.
     """
     problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(run)):

@@ -57,7 +57,8 @@ class MemoryPlan:
 
     precision: Precision
     needs: TrainingMemory  #: memory that the run needs with `precision`
-    available_bytes: int  #: on a GPU: free memory; on a CPU: free memory plus the memory of this process
+    #: On a GPU: free memory. On a CPU: the memory that this process uses, plus this process's share of the free memory.
+    available_bytes: int
     smaller: Precision | None  #: another allowed precision, with which the run needs less memory
     allowed_bytes: float = math.inf  #: memory that the reservation allows the run to use
 
@@ -72,7 +73,7 @@ class MemoryPlan:
         return self
 
     def loaded_as(self, precision: Precision, *, has_kernels: bool) -> "MemoryPlan":
-        """Return the plan for a model loaded with `precision`.  has_kernels: whether the model uses the kernels."""
+        """Return the plan for a model loaded with `precision`.  has_kernels: whether SAGE's training step is used."""
         return replace(self, needs=replace(self.needs, formats=formats_of(precision), has_kernels=has_kernels))
 
     def estimate(self, largest_batch: Mapping[int, int]) -> TrainingEstimate:
@@ -111,8 +112,9 @@ class MemoryPlan:
 
 
 def plan_memory(base: Path, config: FinetuneConfig, precision: Precision, processes: int) -> MemoryPlan:
-    """Return the memory plan of a run. Raises RunError if the smallest micro-batch does not fit into the available memory.
+    """Return the memory plan of a run.
 
+    Raises RunError if the run would need more than the available memory even with an empty micro-batch.
     processes: number of processes that share the main memory.
     """
     sizes = read_architecture(base)

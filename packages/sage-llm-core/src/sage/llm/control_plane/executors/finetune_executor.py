@@ -92,7 +92,7 @@ class FinetuneExecutor:
         return planned_server(engine, server_id_of(engine), self._handle(engine))
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:
-        """Return the condition of a run, from its process and its events."""
+        """Read the events of a run, and return the condition of the run.  process: the observation of the run's process."""
         if process.leftovers:
             return Observed(alive=True, orphaned=True, process=process)
         return await self._reading.run(self._probe, engine, server, process)

@@ -118,7 +118,7 @@ class EngineRecord:
     on_busy: OnBusy = OnBusy.WAIT
     priority: int = 0  #: engines with a higher number are ahead in the queue
     not_before: datetime | None = None  #: earliest time to start the engine
-    queue_rank: float | None = None  #: orders waiting engines of the same priority; None: `last_event` is used instead
+    queue_rank: float | None = None  #: sort key of waiting engines that have the same priority; None: `last_event` is used
     #: Cause of the last pause: `idle` (there were no requests), `user`, or the id of the engine that needs the memory. None:
     #: the engine was not paused, or has started again since the pause.
     paused_by: str | None = None
