@@ -101,7 +101,7 @@ def admission_request(
 def start_time(text: str, now: datetime) -> datetime:
     """Parse HH:MM or an ISO 8601 date and time. HH:MM means the next time at which the clock shows HH:MM.
 
-    now: the current local time. If the text has no time zone, it is in local time too.
+    now: the current local time. A text without a time zone is interpreted as local time.
     Raises ConfigError if the text is in neither format.
     """
     try:

@@ -80,7 +80,7 @@ def _is_completed(run: RunDirectory) -> bool:
 def files_below(folder: Path, omitted: tuple[str, ...] = ()) -> tuple[Path, ...]:
     """Return the files below a folder, without temporary files.
 
-    omitted: patterns of the folder's entries that are skipped.
+    omitted: glob patterns. Entries of the folder that match one of the patterns are skipped.
     """
     entries = [entry for entry in sorted(folder.glob("*")) if not any(entry.match(pattern) for pattern in omitted)]
     files = [file for entry in entries for file in (sorted(entry.rglob("*")) if entry.is_dir() else [entry])]

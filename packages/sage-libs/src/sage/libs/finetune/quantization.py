@@ -15,7 +15,7 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 def has_gpu() -> bool:
-    """Return whether this machine has a GPU driver; does not import torch."""
+    """Return whether this machine has a GPU driver. This function does not import torch."""
     return any(Path(driver).exists() for driver in _DRIVERS)
 
 

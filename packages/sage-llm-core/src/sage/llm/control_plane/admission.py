@@ -33,7 +33,7 @@ class Holder:
     is_pausable: bool = False  #: True: the engines on the server may be paused to make room
     ends: bool = False  #: True: a training run, which frees its memory when the run ends
     is_leaving: bool = False  #: True: the server or its engines are stopping; the memory is still used
-    is_asleep: bool = False  #: True: a sleeping server, which may be ended for any waiting engine
+    is_asleep: bool = False  #: True: a sleeping server, which may be ended to make room
     used_bytes: Mapping[str, int] = field(default_factory=dict)  #: key: device id; value: measured memory
 
     def bytes_on(self, device_id: str) -> int:

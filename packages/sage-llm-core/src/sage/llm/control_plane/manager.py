@@ -301,8 +301,9 @@ class ControlPlaneManager(EngineReads, Routes, Waiting, Measuring, TrainingRuns)
         """Return the server to which a request for `model` is sent. If the engine is not ready, wait until it is ready.
 
         client: identifies the sender of the request. See `RoutingTable.find`.
-        Raises NotFound if no engine matches. Raises Overloaded if the engine stays paused, is not ready in time, or ends
-        before it is ready.
+        Raises NotFound if no engine matches. Raises Overloaded if the engine was paused by a user, is not ready in time, or
+        ends before it is ready. If `paused_requests` is `reject`, also raises Overloaded if the engine is paused to make
+        room for another engine.
         """
         deadline_seconds = time.monotonic() + wait_seconds
         change, route = self._routing.next_change(), self.find(model, kind, client)

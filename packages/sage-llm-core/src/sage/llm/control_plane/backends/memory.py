@@ -102,5 +102,5 @@ def cache_tokens(context_tokens: int, slots: int, *, is_limited: bool) -> int:
 
 
 def token_bytes(sizes: Architecture, value_bytes: int) -> int:
-    """Return the bytes of the keys and values of one token.  value_bytes: bytes of one value."""
+    """Return the size of one token's keys and values in bytes.  value_bytes: size of one number in the cache."""
     return 2 * sizes.num_hidden_layers * sizes.key_value_size * value_bytes

@@ -83,8 +83,8 @@ def _gpus(nvml: Any) -> Iterator[Gpu]:
 def _is_visible(gpu: Gpu) -> bool:
     """Return whether CUDA_VISIBLE_DEVICES allows this process to use a GPU.
 
-    A GPU is allowed if the variable is not set, or if an entry of the variable is the GPU's number or the beginning of the
-    GPU's UUID.
+    If the variable is not set, all GPUs are allowed. Otherwise, a GPU is allowed if an entry of the variable is the GPU's
+    number or the beginning of the GPU's UUID.
     """
     entries = os.environ.get("CUDA_VISIBLE_DEVICES", str(gpu.number)).split(",")
     return any(

@@ -153,8 +153,8 @@ nodes = Table(
     Column("host", String, nullable=False),
 )
 
-#: One row for each node. `fence` is the fencing token of a lease: each control plane that takes over the lease increments
-#: the token. Rows are never deleted, so that no token decreases.
+#: One row for each node. `fence` is the fencing token of the node's lease. Each control plane that takes over the lease
+#: increments the token. Rows are never deleted, so that no token decreases.
 leases = Table(
     "leases",
     metadata,
