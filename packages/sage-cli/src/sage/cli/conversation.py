@@ -47,7 +47,10 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": answer})
 
     def repeat(self) -> None:
-        """Send each line of the standard input as a message, until /exit, Ctrl-C or the end of the input."""
+        """Send each line of the standard input as a message, until /exit or the end of the input.
+
+        During an answer, Ctrl-C ends only the answer. At the prompt, Ctrl-C ends the conversation.
+        """
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - adds a history to `input`
         if sys.stdin.isatty():

@@ -26,7 +26,7 @@ class ProcessIdentity:
 
     pid: int
     #: Start time of the process as text; used only to compare identities. On Linux, the text contains the boot id, and the
-    #: kernel ticks from the boot to the start of the process.
+    #: number of clock ticks between the boot and the start of the process.
     started: str
 
     @classmethod

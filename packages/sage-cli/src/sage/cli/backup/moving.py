@@ -1,4 +1,4 @@
-"""Adapt restored files to the folders of this user: files and the database contain absolute paths."""
+"""Replace absolute paths in restored files and databases, because the folders of this user can be in other places."""
 
 import json
 import sqlite3

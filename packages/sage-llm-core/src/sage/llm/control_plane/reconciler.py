@@ -37,7 +37,7 @@ class Reconciler:
         cores: Cores | None = None,
         balancer: CoreBalancer | None = None,
     ) -> None:
-        """memory: measures the memory of the devices. None: no engine waits for memory.
+        """memory: object that measures the memory of the devices. None: no engine waits for memory.
 
         cores: the cores that engines share. None: each server uses its default number of threads.
         """

@@ -35,7 +35,7 @@ Item = tuple[Origin, Any] | Fault
 
 
 def dataset_hash(*paths: Path, split: Split = "train") -> str:
-    """Return a hash of the contents of all files of the datasets, as 64 hex digits."""
+    """Return a hash of the contents of the datasets, as 64 hex digits. In a folder, only the files of `split` are read."""
     digest = hashlib.sha256()
     for file in (file for path in paths for file in select_files(path, split).files):
         with file.open("rb") as stream:

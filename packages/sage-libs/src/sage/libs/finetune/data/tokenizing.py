@@ -88,7 +88,8 @@ class Encoder:
             ends |= {self.format.answer_end(), self.format.answer_end(calls=True)}
         self._end_ids = sorted(end for end in ends if end is not None)
         self._end_texts = tuple(self.tokenizer.convert_ids_to_tokens(self._end_ids))
-        #: Samples that the chat template rejects, or that contain tokens without an embedding in the model.
+        #: One fault for each sample that the chat template rejects, or that contains a token for which the model has no
+        #: embedding.
         self.faults: list[Fault] = []
 
     def settings(self) -> list[Any]:

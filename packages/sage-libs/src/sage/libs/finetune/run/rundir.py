@@ -53,7 +53,7 @@ class RunDirectory:
     def create(self, spec: RunSpec, fill: "Callable[[RunDirectory], None] | None" = None) -> None:
         """Create the folder with its spec atomically; do nothing if the run exists.
 
-        fill: writes other files into the incomplete folder.
+        fill: function that writes other files into the folder before the folder gets its final name.
         """
         if self.spec_path.exists():
             return

@@ -58,11 +58,12 @@ class Capabilities:
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
     hot_adapters: bool = False  #: whether adapters can be loaded and unloaded while the server runs
     merges_adapters: bool = True  #: whether the backend can serve a base model into which an adapter is merged
-    #: Whether each adapter gets a request immediately after it is loaded, because the first request to an adapter is slow.
+    #: Whether the control plane sends a request to each adapter immediately after the adapter is loaded. Set this if the
+    #: first request to an adapter is slow.
     warm_up: bool = False
     quantizes: frozenset[str] = frozenset()  #: values of the option `quantize`, in addition to `none`
-    #: GPU memory that a sleeping server keeps. A sleeping server can allocate the released memory again without a restart.
-    #: None: the servers cannot sleep.
+    #: GPU memory that a server keeps while it sleeps. The server releases its other GPU memory, and allocates that memory
+    #: again when the server wakes up. None: the servers cannot sleep.
     asleep_bytes: int | None = None
 
 

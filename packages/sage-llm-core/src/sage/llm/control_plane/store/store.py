@@ -1,4 +1,4 @@
-"""The database operations of the control plane: engines, servers and the change feed."""
+"""Read and write engines, servers and the change feed in the database of the control plane."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -85,7 +85,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
 
         put_server: server to insert or replace.
         join_server: id of the server that the engine joins. This server hosts other engines, or sleeps.
-        join_values: new values for columns of this server, which must be asleep.
+        join_values: new values for columns of the server to join. With `join_values`, this server must be asleep.
         leave_server: id of the server that the engine leaves. When the last engine leaves, the server's row is removed,
         unless the server sleeps.
         must_remain: whether to raise StaleWrite if no other engine would remain on the server.
@@ -93,6 +93,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
 
         Raises StaleWrite if the engine was changed after it was read, or if the server to replace hosts other engines.
         Raises StaleWrite if the server to join is closing, no longer exists, or sleeps although there are no `join_values`.
+        Raises StaleWrite if there are `join_values` although the server does not sleep.
         Raises IllegalTransition if the transition is not legal. Raises Conflict if another active engine has the engine's
         port.
         """
@@ -159,8 +160,8 @@ class Store(ServerStore, RouteStore, OutboxStore):
     def touch(self, engine_id: str) -> EngineRecord:
         """Store the time of a request to an engine, and return the engine. Raises NotFound.
 
-        This method needs no lease, so a control plane on standby can call it. The engine's version is incremented. If a
-        pause was planned before the request, writing the pause then raises StaleWrite.
+        This method needs no lease, so a control plane on standby can call it. The engine's version is incremented.
+        Therefore an attempt to store a pause that was planned before the request raises StaleWrite.
         """
         query = update(engines).where(engines.c.id == engine_id)
         touched = query.values(last_request_at=clock(), version=engines.c.version + 1).returning(engines)
@@ -199,7 +200,7 @@ class Store(ServerStore, RouteStore, OutboxStore):
         node: str | None = None,
         newest_first: bool = False,
     ) -> tuple[list[EngineRecord], bool]:
-        """Return at most `limit` engines in order of creation, and whether more engines follow.
+        """Return at most `limit` engines, oldest or newest first, and whether more engines follow.
 
         after: the id of the last engine of the previous page. Raises ConfigError if this engine does not exist.
         """
