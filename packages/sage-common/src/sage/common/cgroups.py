@@ -1,6 +1,7 @@
-"""Read the limits of this process: its CPU affinity, and its control groups (cgroups) of version 1 or 2, on Linux.
+"""Read the CPU and memory limits of this process on Linux, from its CPU affinity and its control groups (cgroups).
 
-The limit of a group also applies to the groups inside this group, so the smallest limit counts.
+Versions 1 and 2 of control groups are supported. The limit of a group also applies to the groups inside this group, so the
+smallest limit counts.
 """
 
 import contextlib

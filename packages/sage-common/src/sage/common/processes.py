@@ -46,7 +46,7 @@ class ProcessSpec:
     argv: tuple[str, ...]
     lock_path: Path  #: locked as long as the process is alive
     log_path: Path  #: stdout and stderr of the process are appended to this file
-    env: Mapping[str, str] = field(default_factory=dict)  #: added to the parent's environment
+    env: Mapping[str, str] = field(default_factory=dict)  #: variables to add to the environment that the process inherits
     holds_sigterm: bool = False  #: whether the process starts with SIGTERM blocked; the process must unblock SIGTERM
     pass_fds: tuple[int, ...] = ()  #: descriptors that the process inherits, with the same numbers
     port: int | None = None  #: port to listen on (0: any free port); None: the process does not listen
@@ -172,7 +172,7 @@ def find_by_environment(lock_paths: Collection[Path]) -> Mapping[Path, ProcessId
     """Return the running processes that `start` has started with the given lock paths. Keys: lock paths.
 
     This function reads the environment variables of all processes. It is slow, but needs no lock files. If several processes
-    have the same lock path, the result contains the oldest process: the other processes are its descendants.
+    have the same lock path, the result contains the oldest process. The other processes are its descendants.
     """
     wanted, found = {str(path): path for path in lock_paths}, dict[Path, tuple[float, ProcessIdentity]]()
     for pid in psutil.pids() if wanted else ():
@@ -207,7 +207,8 @@ def leftovers(lock_path: Path) -> list[int]:
 def exit_code(lock_path: Path) -> int | None:
     """Return the exit code of the process that held a lock last; a negative code means that a signal killed the process.
 
-    The result is None if the process is alive or was started by another process. Only the newest 1000 exit codes are kept.
+    The result is None if the process is alive or is not a child of the calling process. Only the newest 1000 exit codes are
+    kept.
     """
     if child := _children.get(lock_path):
         with contextlib.suppress(subprocess.TimeoutExpired):

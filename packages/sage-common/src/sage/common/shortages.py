@@ -1,4 +1,4 @@
-"""Recognize errors that a temporary shortage of file descriptors, processes or memory causes."""
+"""Recognize errors that are caused by a temporary shortage of file descriptors, processes or memory."""
 
 import errno
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class AsyncSageClient:
-    """Client of a gateway for asyncio. Its methods raise the same errors as the methods of SageClient."""
+    """Asyncio client of a gateway. Its methods raise the same errors as the methods of SageClient."""
 
     def __init__(self, base_url: str = "http://127.0.0.1:8889", api_key: str | None = None, timeout_seconds: float = 120):
         """timeout_seconds: maximum wait for an answer.

@@ -23,8 +23,8 @@ from sage.llm.client.states import EventKind as EventKind
 from sage.llm.client.states import OnBusy as OnBusy
 from sage.llm.client.states import RestartPolicy as RestartPolicy
 
-#: Model name for requests that do not need a specific model. Such a request goes to the engine of the requested
-#: kind that became ready last.
+#: Model name for requests that do not need a specific model. From the engines of the requested kind, the gateway chooses
+#: the engine that became ready last.
 DEFAULT_MODEL = "sage-default"
 _NAME = re.compile(r"[\w./@:+-]+")
 

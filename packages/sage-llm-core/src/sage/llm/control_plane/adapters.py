@@ -11,7 +11,7 @@ from sage.llm.control_plane.store.records import EngineRecord, ServerRecord, int
 from sage.llm.control_plane.watch import Watch
 
 #: After an adapter was loaded, it is not loaded again for this number of seconds, because the last observation of the server
-#: can be older than the load.
+#: may have been made before the adapter was loaded.
 _LOOK_SECONDS = 5.0
 
 

@@ -40,8 +40,9 @@ def unneeded(
     observed: Mapping[str, Observed],
     evicted: Collection[str],
 ) -> list[ServerRecord]:
-    """Return the sleeping servers that must end: no engine needs them, their process has exited, or their memory is needed.
+    """Return the sleeping servers that must end.
 
+    A sleeping server must end if no engine needs the server, if its process has exited, or if its memory is needed.
     evicted: ids of the servers whose memory is needed.
     """
     asleep = {server.id: server for server in servers.values() if server.state in _ASLEEP}

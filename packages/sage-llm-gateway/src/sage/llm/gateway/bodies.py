@@ -9,7 +9,7 @@ from starlette.types import Receive
 from sage.common.errors import Overloaded
 from sage.llm.gateway.errors import Refusal
 
-#: Maximum size of all bodies in memory, as a multiple of the largest allowed body.
+#: Maximum total size of the bodies in memory, as a multiple of the maximum size of one body.
 _HELD_BODIES = 8
 
 

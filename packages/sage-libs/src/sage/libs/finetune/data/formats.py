@@ -98,7 +98,7 @@ def behind_system(conversation: Conversation, record: Record, where: str) -> Con
 
 
 def system_of(record: Record) -> list[Message]:
-    """Return the system message in a record's field `system` as a list of one message, or []."""
+    """Return a list with the system message of a record's field `system`, or [] if the field is missing or empty."""
     text = text_of(record.get("system", ""), "system")
     return [{"role": "system", "content": text}] if text else []
 
@@ -136,7 +136,7 @@ def _parse_prompt_completion(record: Record) -> Content:
     prompt = behind_system(prompt_of(record["prompt"], "prompt"), record, "prompt")
     completion = answer_of(record["completion"], "completion", record["prompt"])
     context, answer = parted(prompt.messages, completion.messages, "completion")
-    # Assistant messages in the prompt are not trained on.
+    # The model is not trained on assistant messages in the prompt.
     spoken = {index for index, message in enumerate(context) if message["role"] == "assistant"}
     moved = len(context) + len(answer) - len(completion.messages)
     untrained = frozenset(spoken | {index + moved for index in completion.untrained})

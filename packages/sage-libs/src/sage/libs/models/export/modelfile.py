@@ -67,7 +67,7 @@ class Turns:
 
 
 def modelfile(chat_format: ChatFormat, end_tokens: Sequence[int], *, adds_bos: bool) -> str:
-    """Return the Modelfile for `model.gguf` in the same folder.
+    """Return the content of a Modelfile. The Modelfile must be in the same folder as `model.gguf`.
 
     adds_bos: True if the server adds BOS before each prompt; the template then omits BOS.
     Raises ModelError if the chat template cannot be written as a Go template.

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from sage.llm.control_plane.backends.base import Backend
 from sage.llm.control_plane.backends.speeds import saved_speeds
 
-#: Generation speed of each backend relative to transformers, by kind of device, if 16 concurrent requests use one adapter.
+#: Generation speed of each backend relative to transformers, for each kind of device. The speeds are for 16 concurrent
+#: requests that use one adapter.
 #: The values for a CPU are measured (benchmarks/results/serving.md). The values for a GPU are not measured. Their only
 #: purpose is to make vLLM the first choice.
 RELATIVE_SPEEDS: Mapping[str, Mapping[str, float]] = {

@@ -1,4 +1,4 @@
-"""Find a backend by name, or choose one for an engine."""
+"""Find a backend by name, or choose a backend for an engine."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version

@@ -43,7 +43,7 @@ class Observed:
     orphaned: bool = False  #: the engine's process has exited, but child processes are alive
     process: ProcessObservation | None = None
     training: TrainingProgress | None = None
-    crash: str | None = None  #: where a run exited without reporting an error, such as `step 12`; None: no such exit
+    crash: str | None = None  #: text such as `step 12`: where a run exited without reporting an error; None: no such exit
     models: frozenset[str] = frozenset()  #: names of the models that a shared server has loaded
     context_tokens: int | None = None
     slots: int | None = None
@@ -77,13 +77,14 @@ class Executor(Protocol):
     def spec(self, engine: EngineRecord, server: ServerRecord) -> ProcessSpec:
         """Return the specification of the process to launch. This method blocks.
 
-        Call this only immediately before a launch: for a training run, this method records the launch in the run's events.
+        Call this method only immediately before a launch. If the engine is a training run, this method also records the
+        launch in the run's events.
         """
 
     def plan_server(self, engine: EngineRecord, *, is_moved: bool = False) -> ServerRecord:
         """Return the record of a new server for an engine.
 
-        is_moved: whether other engines use the engine's last server, so that the new server needs another id.
+        is_moved: whether other engines use the engine's last server. In this case, the new server gets a different id.
         """
 
     async def probe(self, engine: EngineRecord, server: ServerRecord, process: ProcessObservation) -> Observed:

@@ -20,7 +20,7 @@ _CPU = "cpu"
 
 @dataclass(frozen=True)
 class Occupant:
-    """A server process of this node, with the id and the name of the first engine that it hosts."""
+    """A server process of this node, with the id and the name of the first engine that the process hosts."""
 
     engine_id: str
     engine_name: str
@@ -81,7 +81,7 @@ class Inventory:
         return [replace(self._main_memory(sum(used_bytes.values())), used_bytes=used_bytes), *gpus]
 
     def variables(self, devices: Collection[str]) -> Mapping[str, str]:
-        """Return the environment variables that restrict a process to devices.
+        """Return the environment variables that restrict a process to some of the node's devices.
 
         devices: ids of devices. If `devices` is empty, the process may use all devices. If `devices` contains only the CPU
         or fake GPUs, the process can use only the CPU. Raises EngineError if a device does not exist.
@@ -146,7 +146,7 @@ def _cuda(gpu: Gpu) -> str:
 
 
 def _private_bytes(pids: Collection[int]) -> int:
-    """Return the resident memory of processes, without shared pages: the system does not count shared pages as used."""
+    """Return the resident memory of processes without shared pages. The system does not count shared pages as used."""
     total = 0
     for pid in pids:
         with contextlib.suppress(psutil.Error):

@@ -24,7 +24,7 @@ LEASE_SECONDS = 8.0
 
 
 class StaleWrite(Exception):
-    """The row was changed after it was read. Nothing was written: the caller must read the row and decide again."""
+    """The row was changed after it was read. Nothing was written. The caller must read the row and decide again."""
 
 
 class LeaseLost(StaleWrite):
@@ -62,7 +62,7 @@ class LeaseStore:
         if row.holder not in (None, holder) and row.is_valid and not has_exited:
             return None
         taken = update(leases).where(leases.c.node == node, leases.c.fence == row.fence)
-        if row.holder not in (None, holder) and not has_exited:  # check again, because the holder can have renewed the lease
+        if row.holder not in (None, holder) and not has_exited:  # check again, because the holder may have renewed the lease
             taken = taken.where(~_is_valid(self.lease_seconds))
         taken = taken.values(
             fence=row.fence + 1,
@@ -125,7 +125,7 @@ def _is_of(lease: Lease) -> ColumnElement[bool]:
 def _is_valid(lease_seconds: float) -> ColumnElement[bool]:
     """Return the SQL condition for a lease that has not expired.
 
-    A lease whose expiry is too far in the future is not valid: the expiry was written before the clock was set back, or
+    A lease whose expiry is too far in the future is not valid. Such an expiry was written before the clock was set back, or
     before the last boot of the machine.
     """
     return and_(leases.c.expires_at > lease_clock(), leases.c.expires_at <= lease_clock(2 * lease_seconds))

@@ -38,7 +38,8 @@ class WebhookMessage:
 class OutboxStore(LeaseStore):
     """The methods of the store for webhook messages.
 
-    They need no lease. If two gateways send the same message, the receiver recognizes the second by its id.
+    These methods need no lease. If two gateways send the same message, both messages have the same id, and the receiver can
+    ignore the second message.
     """
 
     endpoints: Collection[str] = ()  #: hashes of the URLs to which new messages are sent
