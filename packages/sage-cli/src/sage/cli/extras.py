@@ -6,7 +6,7 @@ from sage.common.errors import ConfigError
 
 
 def require(module: str, purpose: str) -> None:
-    """Raise ConfigError if a module is not installed; purpose: subject of the error message."""
+    """Raise ConfigError if a module is not installed.  purpose: first words of the error message, such as "An export"."""
     try:
         is_installed = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is not installed either

@@ -24,7 +24,7 @@ _FIELDS = {
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
 }
-#: Names of modules in GGUF files, and their names in transformers.
+#: Keys: names of modules in GGUF files. Values: names of these modules in transformers.
 _GGUF_MODULES = {
     "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj", "ffn_gate": "gate_proj",
     "ffn_up": "up_proj", "ffn_down": "down_proj", "token_embd": "embed_tokens", "output": "lm_head",

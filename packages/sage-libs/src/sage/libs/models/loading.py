@@ -27,7 +27,7 @@ def local_folder(source: ModelSource) -> Path:
 
 
 def tokenizer_folder(source: ModelSource, base: Path) -> Path:
-    """Return the folder with a model's tokenizer: the folder of an adapter that has its own tokenizer, else `base`."""
+    """Return the folder with a model's tokenizer. This is `base`, unless the model is an adapter with its own tokenizer."""
     is_own = source.kind is ModelKind.ADAPTER and (source.folder / "tokenizer.json").is_file()
     return source.folder if is_own else base
 

@@ -67,7 +67,7 @@ def resolve_model(name: str, base_dir: Path | None = None) -> ModelSource:
     """Find the model `name` and return its location.
 
     base_dir: folder in which relative paths and names are looked up first; None: a path must be absolute.
-    Raises ModelNotFound if the model is not found, and ModelError if the folder has no valid model.
+    Raises ModelNotFound if the model is not found, and ModelError if a file of the model is missing or invalid.
     """
     return _resolve(absolute_name(name, base_dir) if base_dir else name, depth=0)
 

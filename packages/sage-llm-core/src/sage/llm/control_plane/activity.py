@@ -26,7 +26,7 @@ class Activity:
     def __init__(self, store: Store, pool: Pool, routing: RoutingTable, on_paused: Callable[[], None]) -> None:
         """on_paused: called if the engine of a recorded request is not running."""
         self._store, self._pool, self._routing, self._on_paused = store, pool, routing, on_paused
-        self.in_progress: Counter[str] = Counter()  #: keys: engine ids; values: requests in progress; set by the gateway
+        self.in_progress: Counter[str] = Counter()  #: numbers of requests in progress, by engine id; set by the gateway
         self._touched_seconds: dict[str, float] = {}
         self._waking: dict[str, asyncio.Task[bool]] = {}
 

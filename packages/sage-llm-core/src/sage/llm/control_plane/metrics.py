@@ -59,7 +59,7 @@ def all_metrics(measured: Measured, *, is_active: bool, folders: Mapping[str, Pa
     """Yield all metrics. This function blocks, because it measures the disks.
 
     is_active: whether this control plane holds the lease.
-    folders: for each value of the label `folder`, a folder on the disk to measure.
+    folders: the folders whose disks are measured. Keys: names of the folders, for the label `folder`.
     """
     yield InfoMetricFamily("sage_build", "The version of SAGE.", {"version": version("sage-llm-core")})
     yield GaugeMetricFamily(

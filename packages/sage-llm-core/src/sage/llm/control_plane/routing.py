@@ -53,8 +53,8 @@ class Route:
     backend: str
     model_name: str | None
     idle_stop_minutes: float | None
-    #: whether the engine gets the state `paused` after the state `stopping`. If so, requests in the state `stopping` wait
-    #: until the engine is loaded again.
+    #: whether the engine gets the state `paused` after the state `stopping`. If so, requests that arrive while the engine
+    #: is stopping wait until the engine is loaded again.
     is_pausing: bool
     #: `user`, or the id of the engine for which this engine makes room. None: this engine is not paused, or is paused
     #: because there were no requests.
@@ -167,7 +167,7 @@ class RoutingTable:
     def newest(self, key: str, kind: EngineKind) -> Route | None:
         """Return the newest running engine with this id, name or model.
 
-        If no such engine runs, return the newest engine that does not run yet, or None.
+        If no matching engine runs, return the newest matching engine that does not run yet, or None.
         """
         group = self._groups.get((kind, key), _NO_ENGINES)
         entries = group.running or group.starting
@@ -221,7 +221,7 @@ class RoutingTable:
             for entries, order in self._entries(route):
                 del entries[bisect_left(entries, (order, engine_id))]
             for key in _keys(route):
-                group = self._groups.get((route.kind, key))  # None if the engine was stopping: no group contained it
+                group = self._groups.get((route.kind, key))  # None if no group contained the engine, because it was stopping
                 if group and not group.running and not group.starting:
                     del self._groups[route.kind, key]
 

@@ -44,7 +44,10 @@ class Answer:
         self._before: Tensor | None = None  #: logits for the next token of the prompt
 
     def begin(self) -> None:
-        """Deliver what needs no forward pass: the echoed prompt, if it needs no scores, and the end, if `limit` is 0."""
+        """Deliver the pieces that need no forward pass: the echoed prompt, and the last piece if `limit` is 0.
+
+        If the scores of the prompt are needed, deliver nothing, because the scores need a forward pass.
+        """
         if self._sampling.echo and not self.scores_prompt:
             self._echo("".join(map(self._echo_decoder.push, self.prompt)))
         if not self.limit and not self.scores_prompt:

@@ -117,7 +117,7 @@ class Embedder:
         return vectors.float().cpu()
 
     def _embeds_tokens_as(self, expected: Tensor) -> bool:
-        """Return whether the model embeds token ids: the token ids of `_PROBE` must give the vector `expected`."""
+        """Return whether the model accepts token ids, and gives the vector `expected` for the token ids of `_PROBE`."""
         try:
             return torch.allclose(self._embed([self._ids(_PROBE)]), expected, atol=_TOLERANCE)
         except Exception as error:  # for example, the model accepts only texts

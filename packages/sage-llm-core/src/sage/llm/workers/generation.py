@@ -213,7 +213,7 @@ def create_server(engine: Engine) -> FastAPI:
 
 
 def _read_chat(request: ChatRequest, shape: ChatShape, voice: Voice) -> Task:
-    """Return the prompt and grammar of a chat, and give `shape` a function that creates readers of answers.
+    """Return the prompt and grammar of a chat, and give `shape` the function that creates an AnswerReader for each choice.
 
     Raises ConfigError if the model cannot satisfy the request.
     """

@@ -131,9 +131,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_source(name: str) -> tuple[ModelSource, Path]:
-    """Return the ModelSource of a model, and the folder with the weights of the model (for an adapter: of its base model).
+    """Return the ModelSource of a model, and the folder with the model's weights.
 
-    The weights are converted or downloaded if necessary.
+    For an adapter, the folder with the weights of the base model is returned. The weights are converted or downloaded if
+    necessary.
     """
     source = resolve_model(name)
     base = source.base if source.kind is ModelKind.ADAPTER and source.base else source

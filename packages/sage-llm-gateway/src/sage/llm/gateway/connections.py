@@ -63,7 +63,7 @@ class BoundedHttp(HttpToolsProtocol):
     #: Time of the event loop's clock at which the connection is closed, unless a complete head arrives before that time.
     #: Infinite during a request.
     _deadline_seconds = math.inf
-    #: The connection has one timer for all its requests: a new timer for each request would cost 3 µs.
+    #: The connection has one timer for all its requests, because a new timer for each request would cost 3 µs.
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""The step of an export that writes a GGUF file with llama.cpp's converter.
+"""The export step that writes a GGUF file with llama.cpp's converter.
 
 The step runs in SAGE's interpreter, because it needs torch and transformers. The step imports the converter from the
 environment of llama.cpp.
@@ -27,8 +27,8 @@ _KNOWN_ENDS = {
 _BEGIN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 #: Key: the regular expression in tokenizer.json that splits the text. Value: the GGUF name of the pre-tokenizer. The table
-#: is used for vocabularies that the converter does not know. A wrong choice is detected: after the conversion, prompts are
-#: tokenized with llama.cpp and with transformers, and the tokens are compared.
+#: is used for vocabularies that the converter does not know. A wrong pre-tokenizer is detected after the conversion:
+#: prompts are tokenized with llama.cpp and with transformers, and the tokens are compared.
 _SPLITS: Mapping[str, str] = {
     rf"{_BEGIN}\p{{N}}{{1,3}}{_END}": "llama-bpe",
     rf"{_BEGIN}\p{{N}}{_END}": "qwen2",
@@ -65,7 +65,7 @@ def _adapt(model: Any, gguf: Any, precision: str, end_tokens: Collection[int], *
         forced = forced_type(name, new_name, bid, n_dims)
         is_large = new_name in ("token_embd.weight", "output.weight")
         if forced is False and is_large and PRECISIONS[precision] < 1:
-            return gguf.GGMLQuantizationType.Q8_0  # with fewer bits, much accuracy would be lost, and little memory saved
+            return gguf.GGMLQuantizationType.Q8_0  # fewer bits would cost much accuracy, and save little memory
         is_weight = n_dims > 1 and new_name.startswith("blk.") and new_name.endswith(".weight")
         if forced is False and is_weight and precision in ("q4_0", "q4_1", "q5_0", "q5_1"):
             return gguf.GGMLQuantizationType[precision.upper()]

@@ -19,8 +19,8 @@ def run_step(argv: Sequence[str], text: str = "", while_running: Callable[[], No
     text: standard input of the step.  while_running: called regularly until the step ends.
     Raises the SageError that the step printed, or ModelError with the last line of the step's log.
     """
-    # Block SIGINT and SIGTERM until the step can be killed. Otherwise, the step could outlive this process. The step
-    # inherits the blocked signals.
+    # Block SIGINT and SIGTERM until the step can be killed. Otherwise, the step could outlive this process. In the
+    # step, both signals stay blocked.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         process = subprocess.Popen(
