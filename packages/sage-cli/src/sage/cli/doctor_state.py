@@ -98,7 +98,7 @@ def _clock(report: dict[str, Any]) -> Finding:
 
 
 def gateway(settings: Settings) -> Iterator[Finding]:
-    """Check the running gateway. If no gateway runs, check whether its port is free."""
+    """Check the running gateway. If no gateway runs, check whether the port in the settings is free."""
     try:
         client = daemon.find_client()
         health = daemon.find_health(client)

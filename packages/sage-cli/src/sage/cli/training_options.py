@@ -25,7 +25,7 @@ class TrainingOption(NamedTuple):
 
     @property
     def declaration(self) -> str:
-        """Return the name of the command-line option, followed by `/` and the negative name if there is a negative name."""
+        """Return the option's declaration for typer, for example `--eval-steps` or `--use-8bit/--no-use-8bit`."""
         return self.flag or f"--{self.field.replace('_', '-')}"
 
 

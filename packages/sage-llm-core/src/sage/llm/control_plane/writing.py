@@ -1,4 +1,4 @@
-"""Write to the store for the reconciler."""
+"""The reconciler's access to the write methods of the store."""
 
 import functools
 from collections.abc import Callable

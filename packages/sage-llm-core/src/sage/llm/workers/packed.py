@@ -129,7 +129,7 @@ class _Pass:
         return output.reshape(heads, tokens, -1).transpose(0, 1)
 
     def _mask(self, at: int, tokens: int, length: int, window: int | None, like: Tensor) -> Tensor | None:
-        """Return the mask to add to the attention scores, (tokens, length), or None if a plain causal mask is enough."""
+        """Return a mask of shape (tokens, length) to add to the attention scores; None if a plain causal mask is enough."""
         if tokens == length and (window is None or window >= length):
             return None
         if (at, window) not in self._masks:
@@ -184,8 +184,7 @@ class PackedRunner:
 
         The logits of a part have one row if only the last token's logits are needed.
 
-        check: called in every layer. An exception from `check` ends the pass. A failed pass does not change the
-        caches.
+        check: called in every layer. An exception from `check` ends the pass. A failed pass adds no tokens to the caches.
         """
         ids, positions, kept, counts = list[int](), list[int](), list[int](), list[int]()
         for part in parts:

@@ -284,7 +284,8 @@ def main() -> None:
     given.middleware = [*given.middleware, f"{__name__}.Rules"]
     configure_logging_from_args(given)
     validate_parsed_serve_args(given)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until vLLM sets its handler, SIGTERM ends this process
+    # Until vLLM sets its own handler, SIGTERM raises KeyboardInterrupt.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     uvloop.run(run_server_worker(f"http://127.0.0.1:{given.port}", socket.socket(fileno=given.fd), given))
 
 

@@ -1,4 +1,4 @@
-"""Convert requests to prompts with the tokenizer, chat template and end tokens of a served model."""
+"""Convert requests to prompts with the tokenizer and the chat template of a served model."""
 
 import logging
 from collections.abc import Callable

@@ -32,10 +32,11 @@ class Gateway(FastAPI):
 
 
 def create_app(settings: Settings, *, standby: bool = False) -> Gateway:
-    """Return the gateway's application with an open database.
+    """Open the state folder and the database, and return the gateway's application.
 
     standby: True if another gateway of the same state folder is expected to be active.
-    Raises ConfigError if the settings allow network access without an API key, or if the database cannot be used.
+    Raises ConfigError if the settings allow network access without an API key.
+    Raises ConfigError if the state folder or the database cannot be used.
     """
     check_exposure(settings)
     manager = ControlPlaneManager(settings, standby=standby)

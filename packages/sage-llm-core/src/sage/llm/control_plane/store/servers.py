@@ -50,7 +50,8 @@ class ServerStore(LeaseStore):
     ) -> ServerRecord:
         """Store the state `closing` or `sleeping`. No engine can join a server that is closing.
 
-        Raises StaleWrite if the server hosts an engine other than `engine`.
+        Raises StaleWrite if the server hosts an engine other than `engine`, or if the server was changed or removed after it
+        was read.
         """
         with self._fenced(lease, server.node) as connection:
             closed = self._update_server(connection, server, state=state)
@@ -72,7 +73,11 @@ class ServerStore(LeaseStore):
 
     @staticmethod
     def _join(connection: Connection, engine: EngineRecord, server_id: str, values: Mapping[str, Any]) -> None:
-        """Join a server. With `values`, the server must be asleep; without, it must be neither asleep nor closing."""
+        """Join a server.
+
+        If `values` is empty, the server must be neither asleep nor closing.
+        If `values` is not empty, the server must be asleep, and `values` is stored in the server's row.
+        """
         state = servers.c.state
         fits = state == ServerState.SLEEPING if values else state.not_in([ServerState.SLEEPING, ServerState.CLOSING])
         changed = {"version": servers.c.version + (1 if values else 0), **to_columns(values)}
