@@ -12,8 +12,8 @@ from sage.common.paths import get_user_paths
 from sage.common.processes import held_lock
 from sage.libs.models.resolve import PACKAGED, inspect_folder
 
-#: Valid names of models. No part begins with a dot, so no part is `..` or hidden. `finetuned` is not valid, because the
-#: folder of this name contains the run directories.
+#: Valid names of models. A name has one part, or two parts separated by `/`. No part begins with a dot, so no part is `..`
+#: or hidden. `finetuned` is not valid, because the folder of this name contains the run directories.
 _NAME = re.compile(r"(?!finetuned(/|$))\w[\w.+-]*(/\w[\w.+-]*)?")
 
 

@@ -155,7 +155,7 @@ class ChatFormat:
         return end
 
     def end_ids(self, configured: int | Sequence[int] | None) -> list[int]:
-        """Return the ids of all tokens that end generation, from the model's configuration, the tokenizer and the template.
+        """Return the ids of all tokens that end generation. The ids come from `configured`, the tokenizer and the template.
 
         configured: `eos_token_id` of the model's generation_config.json.
         """

@@ -1,4 +1,4 @@
-"""The prober observes engines concurrently with the reconciler, and stores the last observation of each engine.
+"""The prober observes engines in the background, and stores the last observation of each engine.
 
 A probe is one attempt to observe an engine.
 """

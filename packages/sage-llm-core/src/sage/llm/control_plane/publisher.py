@@ -22,7 +22,7 @@ from sage.llm.control_plane.store.store import StaleWrite, Store
 from sage.llm.control_plane.writing import Writer
 
 logger = logging.getLogger(__name__)
-#: Seconds for which publishing a result is retried after the first OSError.
+#: If an OSError prevents the publication of a result, SAGE tries again for this number of seconds.
 _RETRY_SECONDS = 60.0
 
 

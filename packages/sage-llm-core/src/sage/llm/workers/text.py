@@ -74,7 +74,7 @@ class StopStrings:
     def push(self, text: str) -> str:
         """Add text to the delayed text, and return the part that cannot belong to a stop string.
 
-        After a stop string, the result is "".
+        After the call that finds a stop string, each call returns "".
         """
         if self.is_met:
             return ""

@@ -9,7 +9,8 @@ import httptools
 
 from sage.llm.gateway.json_text import Piece
 
-#: Seconds after which an idle connection is closed. Servers keep idle connections longer (uvicorn and vLLM: 5 s).
+#: A connection that was idle for this number of seconds is not reused.
+#: Servers keep idle connections longer (uvicorn and vLLM: 5 s).
 _IDLE_SECONDS = 3
 _CONNECT_SECONDS = 5
 #: Bodies below this size are joined with the head, because one `write` is faster than `writelines` for small bodies.

@@ -32,7 +32,7 @@ class Mixture(Sequence[Encoded]):
 def repeated_by_weight(samples: StoredSamples, weight: float, seed: int) -> StoredSamples:
     """Repeat the samples `weight` times. For weight 2.5, each sample is used twice, and half of the samples a third time.
 
-    seed: seed of the random choice of this half.
+    seed: determines which samples are used once more than the other samples.
     """
     if weight == 1:
         return samples

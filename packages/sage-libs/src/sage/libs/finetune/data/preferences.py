@@ -22,7 +22,8 @@ from sage.libs.finetune.data.values import RecordError, check_encodable, kind_of
 Row = dict[str, Any]
 #: Training method: supervised fine-tuning, or one of TRL's methods.
 Method = Literal["sft", "dpo", "orpo", "kto", "grpo"]
-#: Fields that contain a whole conversation, with or without the answer. LLaMA-Factory uses the same fields.
+#: Fields that contain a list of messages. The answer is in this list or in another field.
+#: LLaMA-Factory uses the same fields.
 _CONVERSATIONS = ("conversations", "messages")
 _ASKED = ("instruction", "input", "history")
 _PROMPT_HINT = "Add a prompt, or begin both answers with the same messages."

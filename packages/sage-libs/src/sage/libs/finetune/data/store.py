@@ -34,7 +34,8 @@ from sage.libs.finetune.data.tokenizing import IGNORED, Encoded, Encoder
 _VERSION = 2
 _PROGRESS_SAMPLES = 20_000
 _KEPT_SECONDS = 30 * 24 * 3600.0
-#: If an incomplete folder was not changed for this number of seconds, it is removed: its writer has probably crashed.
+#: If an incomplete folder was not changed for this number of seconds, the folder is removed.
+#: The process that wrote to this folder has probably crashed.
 _PARTIAL_SECONDS = 24 * 3600.0
 _PARTIAL = ".partial-"
 #: A function that is called regularly with a description of the progress. If the function raises an exception, reading ends.

@@ -123,7 +123,7 @@ class TrainingMemory:
         batches = [batch_limit(self.config)]
         if tokens:
             batches.append({longest: max(1, tokens // longest)})
-        if tokens and self.has_kernels and BLOCK_TOKENS < longest < tokens:  # one long sample with short samples
+        if tokens and self.has_kernels and BLOCK_TOKENS < longest < tokens:  # one long sample and short samples
             batches.append({longest: 1, BLOCK_TOKENS: (tokens - longest) // BLOCK_TOKENS})
         return max(map(self.at, batches), key=lambda estimate: estimate.total_bytes)
 

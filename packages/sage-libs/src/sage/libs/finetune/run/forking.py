@@ -28,7 +28,7 @@ _CHANGEABLE = (
     "output_dir", "learning_rate", "lr_scheduler", "warmup_steps", "max_grad_norm", "max_steps", "eval_steps",
     "early_stopping_patience", "sample_prompts", "keep_best", "save_steps", "keep_checkpoints", "beta",
 )  # fmt: skip
-#: Types of the events that a new run copies from the original run, up to the checkpoint.
+#: A new run copies events of these types if the original run recorded them before the checkpoint.
 _KEPT = (StartedEvent, StepEvent, EvalEvent, SampleEvent, WarningEvent)
 
 
