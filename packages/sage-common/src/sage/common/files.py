@@ -1,4 +1,4 @@
-"""Write files atomically, so that a crash or power failure leaves no incomplete file."""
+"""Write files atomically, so that each file is complete even after a crash or power failure."""
 
 import os
 import threading

@@ -113,8 +113,8 @@ class Hosts:
     def must_wait(self, engine: EngineRecord) -> bool:
         """Return whether an engine must wait before a new server is planned for it.
 
-        A server is dead if its process has exited, but its row still exists. An engine that requests a port waits while a
-        server with this port is closing or dead. Other engines wait while a server with their base and options is being
+        A server is dead if its process has exited and its row is not yet deleted. An engine that requests a port waits while
+        a server with this port is closing or dead. Other engines wait while a server with their base and options is being
         planned or is dead.
         """
         if engine.requested_port:
@@ -156,7 +156,7 @@ class Hosts:
         return server.state is not ServerState.PLANNED and server.id in self._dead
 
     def _makes_room(self, server: ServerRecord) -> bool:
-        """Return whether all engines of a server are being paused, so that another engine gets the memory of the server."""
+        """Return whether all engines of a server are being paused to free the memory of the server for another engine."""
         hosted = self._hosted.get(server.id, ())
         return bool(hosted) and all(map(is_making_room, hosted))
 

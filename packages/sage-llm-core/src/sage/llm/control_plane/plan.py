@@ -38,7 +38,7 @@ class Limits:
     #: If an engine does not answer health checks for this time, requests to the engine are refused. After twice this time,
     #: the engine is restarted, unless its restart policy is `no`.
     unresponsive_seconds: float = 30.0
-    look_seconds: float = 5.0  #: the time between two observations is counted only up to this limit
+    look_seconds: float = 5.0  #: maximum time that one observation adds to the durations in an engine's Watch
 
 
 @dataclass(frozen=True)

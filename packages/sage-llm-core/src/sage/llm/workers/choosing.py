@@ -1,4 +1,4 @@
-"""Choose the next token of an answer from its logits: greedy, or sampled with a random generator for each answer."""
+"""Choose the next token of an answer from the logits, greedily or by sampling. Each answer has its own random generator."""
 
 from typing import Any
 

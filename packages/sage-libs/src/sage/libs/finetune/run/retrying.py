@@ -63,7 +63,8 @@ def restart_with_less_memory(run: RunDirectory, is_stop_requested: Callable[[], 
     saving = next_saving(config, read_status(run)) if restarts_when_out_of_memory(config) else None
     if saving is None:
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until the new worker has installed its signal handlers
+    # SIGTERM stays blocked until the new worker has installed its signal handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if is_stop_requested():
         return
     run.append_event(saving)

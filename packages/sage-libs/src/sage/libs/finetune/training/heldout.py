@@ -42,7 +42,7 @@ class HeldOut:
         self._seconds = scored[-1].seconds if scored else 0.0
 
     def discard_after(self, step: int) -> None:
-        """Discard the losses of all steps after `step`, because the run resumes at `step` and measures them again."""
+        """Discard the losses of all steps after `step`, because the run resumes at `step` and measures the losses again."""
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
 
     def measure(self, step: int, model: Any, collator: Collator, loss_function: CompletionLoss) -> float | None:

@@ -34,7 +34,8 @@ def load_trainable(folder: Path, config: FinetuneConfig, precision: Precision, a
     base = load_causal_lm(folder, dtype, **place, **_quantised(precision, dtype))
     base.config.use_cache = False
     if not torch.cuda.is_available():
-        # Copy the weights out of the memory-mapped file, because the mapped pages count as memory of this process.
+        # Copy the weights out of the memory-mapped file. While any weight refers to this file, the whole file counts as
+        # memory of this process.
         for parameter in base.parameters():
             parameter.data = parameter.data.clone()
         # Prevent bitsandbytes from repacking 4-bit weights for evaluation, because the repacking is not undone for training.

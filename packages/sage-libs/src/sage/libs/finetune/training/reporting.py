@@ -35,7 +35,7 @@ class Reporter:
         logger.warning("%s", message)
 
     def adapted(self, message: str, halvings: int, checkpointing: bool) -> None:
-        """Report that the next steps use less memory. If the run is resumed, it starts with these values.
+        """Report that the next steps use less memory. A resumed run starts with the same `halvings` and `checkpointing`.
 
         halvings: each micro-batch is computed in up to 2^halvings parts.  checkpointing: whether activations are recomputed.
         """

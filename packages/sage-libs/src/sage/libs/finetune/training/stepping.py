@@ -33,9 +33,9 @@ class AdaptingTrainer(UnboundedEpochs):
         rehearsal: Callable[[], Batch] | None = None,
         **options: Any,
     ) -> None:
-        """halvings: initial value of `halvings`. Each micro-batch is cut into at most 2 ** `halvings` parts.
+        """halvings: initially, each micro-batch is cut into at most 2 ** `halvings` parts.
 
-        If memory is insufficient, the trainer increases `halvings`.
+        If memory is insufficient, the trainer increases `halvings` and cuts micro-batches into more parts.
         checkpointing: whether to use gradient checkpointing: `on`, `off`, or `auto` (only if memory is not sufficient).
         on_adapted: called when memory use is reduced. Its arguments are a message, the current `halvings`, and whether
         gradient checkpointing is on.

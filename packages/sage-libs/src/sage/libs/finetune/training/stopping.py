@@ -4,7 +4,7 @@ import signal
 
 
 class StopRequested(Exception):
-    """Raised outside the training loop if a stop was requested."""
+    """Raised at a safe point of a run if a stop was requested."""
 
 
 class StopRequest:

@@ -11,6 +11,5 @@ down_revision = "0006"
 
 
 def upgrade() -> None:
-    """Add the columns."""
     op.add_column("engines", sa.Column("merger_id", sa.String()))
     op.add_column("engines", sa.Column("merges", sa.String()))
