@@ -167,6 +167,8 @@ def test_valid_unicode_and_allowed_nesting_are_accepted() -> None:
     wide = json.dumps({"model": "tiny", "x": [[]] * 10_000}).encode()
     for body in (emoji, nested, wide):
         assert refusal(request("POST", CHAT, content=body, headers=JSON)) == (404, "model_not_found")
+    deeper = nested.replace(b"[]", b"[[]]")
+    assert refusal(request("POST", CHAT, content=deeper, headers=JSON)) == (400, "json_too_deep")
 
 
 def test_the_size_of_a_body_is_limited_with_or_without_a_content_length() -> None:

@@ -207,7 +207,7 @@ def _has_many_brackets(text: str) -> bool:
 
 def _is_deeper(content: Any, limit: int) -> bool:
     level = [content]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [
             child
             for parent in level if isinstance(parent, (dict, list))
