@@ -167,7 +167,7 @@ def test_a_git_lfs_pointer_is_rejected(tmp_path: Path) -> None:
     [
         ("no.jsonl", "does not exist"),
         ("x.txt", "does not end in"),
-        ("empty", "without"),
+        ("empty", "contains no file of these formats"),
         ("n" * 300 + ".csv", "cannot be read"),
         ("pipe.csv", "is not a regular file"),
     ],

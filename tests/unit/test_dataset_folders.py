@@ -105,7 +105,7 @@ def test_a_dataset_written_by_save_to_disk_is_read(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no validation data"):
         select_files(tmp_path / "dict", "validation")
     (tmp_path / "one/data-00000-of-00001.arrow").unlink()
-    with pytest.raises(DatasetError, match="lacks data-00000-of-00001"):
+    with pytest.raises(DatasetError, match="lacks the file data-00000-of-00001"):
         select_files(tmp_path / "one")
 
 

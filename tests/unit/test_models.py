@@ -159,7 +159,7 @@ def test_the_error_for_an_incomplete_model_names_the_missing_file(tmp_path: Path
     folder = full(tmp_path / "m")
     index = {"weight_map": {"w": "model.safetensors", "v": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"lists model-00002-of-00002\.safetensors, which is missing"):
+    with pytest.raises(ModelError, match=r"lists model-00002-of-00002\.safetensors, but this file is missing"):
         resolve_model(str(folder))
 
 

@@ -146,7 +146,7 @@ def test_a_message_is_given_up_after_the_last_attempt_and_no_log_has_a_secret(ca
     run(main())
     levels = [entry.levelname for entry in caplog.records if entry.name == webhooks.__name__]
     assert levels == ["WARNING", "WARNING", "ERROR"]
-    assert "to 127.0.0.1 failed 3 times, giving up: the endpoint answered with status 500" in caplog.text
+    assert "to host 127.0.0.1 failed 3 times, giving up: the endpoint answered with status 500" in caplog.text
     assert "hunter2" not in caplog.text
     assert SECRET not in caplog.text
 
