@@ -42,7 +42,7 @@ def test_a_mistake_is_reported_and_nothing_is_started(tiny_model: Path, tmp_path
         (("llm", "engine", "stop", ""), 1, "No engine ''", "engine list"),
         ((*finetune(tiny_model, SAMPLES, out)[:-3], "", "--output", str(out)), 2, "dataset_path is empty", "Give a path"),
         ((*finetune(tiny_model, SAMPLES, out)[:-1], ""), 2, "output_dir is empty", "Give a path"),
-        (("llm", "engine", "start", ""), 2, "The model's name is empty", "Give a name"),
+        (("llm", "engine", "start", ""), 2, "The model's name is empty", "Give the name"),
         (("llm", "engine", "status", "engine-none"), 1, "No engine 'engine-none'", "engine list"),
         (("llm", "engine", "logs", "engine-none", "--follow"), 1, "No engine 'engine-none'", "engine list"),
         (("llm", "engine", "resume", "engine-none"), 1, "No engine 'engine-none'", "engine list"),

@@ -43,7 +43,7 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_and_the_tokens_
         check_vocabulary(tokenizer, model)
     assert caught.value.code == "tokenizer_too_large"
     tokenizer.save_pretrained(model)
-    with pytest.raises(ModelError, match="without an embedding"):
+    with pytest.raises(ModelError, match="has no embedding"):
         TinyRun(model, tmp_path / "out").trained()
 
 

@@ -58,7 +58,7 @@ def test_metrics_count_until_the_engine_ends_and_a_killed_gateway_loses_no_webho
     assert found["sage_engine_memory_bytes"] > 0
 
     log = next(sage_home.rglob("gateway.log"))
-    wait_for(lambda: "to 127.0.0.1 failed, retry in 5 s" in log.read_text(), "an attempt without a server")
+    wait_for(lambda: "to host 127.0.0.1 failed, retry in 5 s" in log.read_text(), "an attempt without a server")
     os.kill(int(client.health()["pid"]), signal.SIGKILL)
     with ThreadingHTTPServer(("127.0.0.1", port), Endpoint) as endpoint:
         threading.Thread(target=endpoint.serve_forever, daemon=True).start()

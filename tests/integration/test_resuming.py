@@ -90,7 +90,7 @@ def test_a_damaged_best_checkpoint_is_reported_and_not_loaded(tiny_model: Path, 
     damage(run, best)
     TrainingRun(run.manager.run_directory(run.task_id), StopRequest()).train()
     assert run.run_file()["metrics"]["step"] == 12
-    assert any(f"the checkpoint of step {best}, which had the lowest loss" in warning for warning in run.status.warnings)
+    assert any(f"the checkpoint with the lowest loss (step {best})" in warning for warning in run.status.warnings)
 
 
 def test_a_damaged_checkpoint_or_a_checkpoint_of_another_run_is_refused_before_the_model_is_loaded(

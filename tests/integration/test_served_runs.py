@@ -118,7 +118,7 @@ def test_the_checkpoint_of_a_killed_run_stays_served_and_cannot_be_removed(tiny_
         tuned = await served(manager, training.id)
         await manager.stop_engine(training.id, force=True)
         await until(manager, training.id, S.FAILED)
-        with pytest.raises(Conflict, match=f"has a checkpoint that {tuned.id} serves"):
+        with pytest.raises(Conflict, match=f"has a checkpoint that the engine {tuned.id} serves"):
             await manager.remove_engine(training.id)
         assert "/served/step-" in await answered(manager, "tuned")
         await manager.stop_engine(tuned.id)

@@ -105,7 +105,7 @@ class TrainingProgress(StepMetrics):
     activity: str | None = Field(None, description="What the run does before its first step or after its last step.")
     warnings: list[str] = []
     change_revision: int = Field(
-        0, description="Number of the last requested change of options that the run has applied; 0: none."
+        0, description="Sequence number of the newest change of options that the run has applied; 0: none."
     )
     changes: list[str] = Field([], description="The changes of options that users requested, as text for users.")
     forked_from: str | None = Field(None, description="Id of the run that this run was forked from.")

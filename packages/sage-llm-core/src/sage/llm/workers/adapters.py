@@ -22,9 +22,9 @@ class Adapter:
 class _Stack:
     """The stacked weights of several adapters, so that two matrix products per layer are enough for all adapters.
 
-    The product of the inputs and all matrices A has a group of columns for each adapter. For each token, the columns of the
-    adapters that the token does not use are set to 0. These columns then add nothing in the product with all matrices B.
-    The weights must be finite, because 0 * infinity is not 0.
+    The matrices A of all adapters are stacked. Their product with the inputs has a group of columns for each adapter. For
+    each token, the columns of the adapters that the token does not use are set to 0. These columns then add nothing in the
+    product with all matrices B. The weights must be finite, because 0 * infinity is not 0.
     """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:

@@ -18,7 +18,7 @@ from sage.llm.workers.time_limit import TimeLimitExceeded, within
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Number of tokens at the end of a prompt that are searched for the reasoning marker.
+#: The reasoning marker is searched for in this number of tokens at the end of a prompt.
 _MARKER_TOKENS = 16
 #: Time limit for a chat template, in seconds. A template is a program, so it can run forever.
 RENDER_SECONDS = 10.0
@@ -94,8 +94,7 @@ class Voice:
         if len(prompt) + min(1, sampling.max_tokens) > self.context_tokens:
             raise ConfigError(
                 code="context_length_exceeded",
-                message=f"The prompt has {len(prompt)} tokens; prompt and answer together can have at most "
-                f"{self.context_tokens}.",
+                message=f"The prompt has {len(prompt)} tokens; the model's context has {self.context_tokens}.",
                 hint="Shorten the prompt.",
                 param=param,
             )

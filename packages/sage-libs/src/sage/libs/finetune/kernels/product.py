@@ -17,8 +17,8 @@ def product(left: Tensor, right: Tensor, onto: Tensor | None = None) -> Tensor:
     """Return left @ right. If `onto` is given, the product is added to `onto` in place, and `onto` is returned.
 
     left: (rows, inner).  right: (inner, columns).  On a CPU in bf16, oneDNN reads the whole of `left` again for each
-    strip of columns of `right`. If the result has fewer columns than `left`, `left` is therefore split into chunks of rows
-    that fit the cache. The product of each chunk is computed separately.
+    strip of columns of `right`. This is slow if `left` does not fit the cache. Therefore, if the result has fewer columns
+    than `left`, the product is computed for one chunk of rows after another.
     """
     pieces = _pieces(left, right)
     if pieces == 1:

@@ -219,7 +219,7 @@ class TrainingMemory:
         return {name: shape for name, shape in chosen.items() if not _matches(name, names)}
 
     def _stacked_values(self) -> int:
-        """Return how many values SAGE's training step saves as copies of the adapter matrices.
+        """Return the number of values in the copies of the adapter matrices that SAGE's training step saves.
 
         In the copies, the adapters of q_proj, k_proj and v_proj are combined into one adapter with three times the rank.
         """
