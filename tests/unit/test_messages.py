@@ -190,7 +190,7 @@ def test_null_counts_as_missing_except_in_arguments() -> None:
         ({"role": "user", "content": [{"type": "image_url"}]}, 'content[0] has type "image_url": only text'),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "content[0].text must be text, found a number"),
         ({"role": "user", "content": "\ud83d half"}, "conversations[1].content has an incomplete character (lone surrogate"),
-        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ud83d"}}}]}, "has an incomplete"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": "\ud83d"}}}]}, "an incomplete"),
         ({"role": "a long text " * 9, "content": "x"}, "conversations[1].role is text."),
         ({"role": "\ud83d", "content": "x"}, 'conversations[1].role is "\\ud83d"'),
     ],
