@@ -10,8 +10,8 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from sage.common.errors import ConfigError
+from sage.common.nesting import MAX_LEVELS, is_too_deep
 
-MAX_NESTING = 100
 #: A JSON escape of a surrogate. A surrogate is half a character, and is not valid Unicode without the other half.
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -46,7 +46,7 @@ class JsonRequest(Request):
             _refuse_nesting()
         except ValueError as error:
             _refuse("invalid_json", f"The body is not valid JSON: {error}.")
-        if _is_deeper(content, MAX_NESTING):
+        if is_too_deep(content):
             _refuse_nesting()
         if _SURROGATE_ESCAPE.search(text):
             try:
@@ -78,14 +78,6 @@ class JsonRoute(APIRoute):
         return handle_json
 
 
-def _is_deeper(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        nests = [part for part in level if isinstance(part, (dict, list))]
-        level = [child for nest in nests for child in (nest.values() if isinstance(nest, dict) else nest)]
-    return bool(nests)
-
-
 def _refuse(code: str, message: str, status: int = 400) -> NoReturn:
     raise HTTPException(status, ConfigError(code=code, message=message))
 
@@ -95,7 +87,7 @@ def _refuse_size(limit: int) -> NoReturn:
 
 
 def _refuse_nesting() -> NoReturn:
-    _refuse("nesting_too_deep", f"The body is nested deeper than {MAX_NESTING} levels.")
+    _refuse("nesting_too_deep", f"The body is nested deeper than {MAX_LEVELS} levels.")
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from sage.common.nesting import MAX_LEVELS, is_too_deep
 from sage.llm.gateway.errors import Refusal
 from sage.llm.gateway.schema import MAX_MODEL_CHARS
 
@@ -17,7 +18,6 @@ LARGE_BYTES = 1_000_000
 #: Texts below this length are parsed in one call, and then searched for `model`. Longer texts are parsed member by member,
 #: because searching a long text would be too slow.
 _SHORT_CHARS = 4096
-_MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BEGIN = re.compile(r"[ \t\n\r]*{[ \t\n\r]*")
 _BLANK = re.compile(r"[ \t\n\r]*")
@@ -104,7 +104,7 @@ def _parse(body: bytes) -> JsonBody:
         ) from error
     except ValueError as error:
         raise Refusal(400, "invalid_json", f"The body is not valid JSON: {error}.") from error
-    if _has_many_brackets(text) and _is_deeper(content, _MAX_DEPTH):
+    if _has_many_brackets(text) and is_too_deep(content):
         raise _too_deep()
     members = content.items() if isinstance(content, dict) else ()
     texts = {name: value for name, value in members if isinstance(value, str) and len(value) <= MAX_MODEL_CHARS}
@@ -190,29 +190,16 @@ def _pieces(content: Piece, spans: Iterable[tuple[int, int]], replacement: bytes
 
 
 def _too_deep() -> Refusal:
-    return Refusal(400, "json_too_deep", f"The body is nested more than {_MAX_DEPTH} levels deep.")
+    return Refusal(400, "json_too_deep", f"The body is nested more than {MAX_LEVELS} levels deep.")
 
 
 def _has_many_brackets(text: str) -> bool:
     if len(text) < _SHORT_CHARS:
-        return text.count("[") + text.count("{") > _MAX_DEPTH // 2
+        return text.count("[") + text.count("{") > MAX_LEVELS // 2
     for bracket in "[{":
         count, at = 0, text.find(bracket)  # `find` is fast for long texts with few brackets
         while at >= 0:
             count, at = count + 1, text.find(bracket, at + 1)
-            if count > _MAX_DEPTH // 2:
+            if count > MAX_LEVELS // 2:
                 return True
     return False
-
-
-def _is_deeper(content: Any, limit: int) -> bool:
-    level = [content]
-    for _ in range(limit):
-        level = [
-            child
-            for parent in level if isinstance(parent, (dict, list))
-            for child in (parent.values() if isinstance(parent, dict) else parent) if isinstance(child, (dict, list))
-        ]  # fmt: skip
-        if not level:
-            return False
-    return True
