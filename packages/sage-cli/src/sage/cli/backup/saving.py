@@ -48,20 +48,18 @@ def save(target: Path, content: Content, begin: Callable[[int], Callable[[int], 
     if content.database:
         _check_database()
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.partial")
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             # The database is copied first, because a gateway accepts run directories that are newer than the database.
             database = _copy_database(Path(folder)) if content.database else None
+            aside = Path(folder) / f"{target.name}.partial"  # files with this ending are not part of a backup
             _write(aside, database, content, begin)
-        os.replace(aside, target)
+            os.replace(aside, target)
         fsync_path(target.parent)
     except OSError as error:
         if is_full(error):
             raise full_disk(target.parent) from error
         raise
-    finally:
-        aside.unlink(missing_ok=True)
     return target.stat().st_size
 
 
