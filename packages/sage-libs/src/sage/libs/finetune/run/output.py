@@ -37,11 +37,11 @@ def claim_output(output: Path, task_id: str, run: Path) -> None:
     except FileExistsError as error:
         raise _refused(output, "is a file") from error
     except OSError as error:
-        refused = _refused(output, f"cannot be written: {error.strerror}")
+        problem = f"cannot be written: {error.strerror}"
         if is_shortage(error):
             hint = "Try again, or raise the limit of open files (`ulimit -n`)."
-            raise OutputError(code="output_unavailable", message=refused.message, hint=hint) from error
-        raise refused from error
+            raise _refused(output, problem, code="output_unavailable", hint=hint) from error
+        raise _refused(output, problem) from error
 
 
 def check_claim(output: Path, task_id: str) -> None:
@@ -113,10 +113,7 @@ def _claim_of(run: RunDirectory) -> str:
     return "is being written by" if state in ALIVE else ""
 
 
-def _refused(output: Path, problem: str) -> OutputError:
-    return OutputError(
-        code="output_unusable",
-        message=f"The output folder {output} {problem}.",
-        hint="Specify a new or empty folder with --output.",
-        param="output_dir",
-    )
+def _refused(
+    output: Path, problem: str, *, code: str = "output_unusable", hint: str = "Specify a new or empty folder with --output."
+) -> OutputError:
+    return OutputError(code=code, message=f"The output folder {output} {problem}.", hint=hint, param="output_dir")
