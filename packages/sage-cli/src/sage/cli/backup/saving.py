@@ -52,9 +52,12 @@ def save(target: Path, content: Content, begin: Callable[[int], Callable[[int], 
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             # The database is copied first, because a gateway accepts run directories that are newer than the database.
             database = _copy_database(Path(folder)) if content.database else None
-            aside = Path(folder) / f"{target.name}.partial"  # files with this ending are not part of a backup
-            _write(aside, database, content, begin)
-            os.replace(aside, target)
+            aside = Path(f"{folder}.partial")  # the name of `folder` is unique; files with this ending are not backed up
+            try:
+                _write(aside, database, content, begin)
+                os.replace(aside, target)
+            finally:
+                aside.unlink(missing_ok=True)
         fsync_path(target.parent)
     except OSError as error:
         if is_full(error):
