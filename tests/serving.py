@@ -45,6 +45,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         content = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         if self.path == "/wake_up" or self.path.startswith("/sleep?"):
+            time.sleep(0.2)  # a real server also needs time to release or to allocate its memory
             sleeping.clear() if self.path == "/wake_up" else sleeping.set()
             self.answer(200, {})
         elif sleeping.is_set():

@@ -14,7 +14,7 @@ from store_promises import lease_of
 from sage.common.server_keys import server_key
 from sage.llm.client.types import DesiredState, EngineState, OnBusy
 from sage.llm.control_plane.actions import Join, SendSignal, Sleep, Transition, Wake
-from sage.llm.control_plane.admission import Claim, DeviceMemory, Holder, MakeRoom, Start, admit
+from sage.llm.control_plane.admission import Claim, DeviceMemory, Holder, MakeRoom, Start, Wait, admit
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import ProcessObservation, Signal
 from sage.llm.control_plane.plan import Limits, Snapshot, decide
@@ -101,6 +101,20 @@ def test_another_engine_of_the_same_base_wakes_the_server() -> None:
     new = engine(S.QUEUED, id="engine-new", server_id=None, adapter="/adapter")
     ((action,), _) = planned(new, of=host(ServerState.SLEEPING, reserved_bytes=1 * GB))
     assert (type(action), action.server.id) == (Join, "server-a")
+
+
+def test_an_engine_does_not_return_to_a_server_that_is_still_falling_asleep() -> None:
+    left = engine(S.PAUSED, PAUSED, id="engine-b", adapter="/adapter")
+    falling = host(ServerState.SLEEPING)  # the memory that the server releases is still reserved
+    room = planned(left, engine(S.STOPPING, PAUSED), of=falling, memory_gb=10)[1]
+    assert (room.wakes, type(room.decisions[left.id])) == ({}, Wait)
+
+
+def test_an_engine_does_not_return_to_a_server_that_is_about_to_be_paused() -> None:
+    left, base = engine(S.PAUSED, PAUSED, id="engine-b", adapter="/adapter"), engine(S.RUNNING)
+    needs = engine(S.QUEUED, id="engine-t", server_id=None, base=None, reserved_bytes=6 * GB, on_busy=OnBusy.PREEMPT)
+    actions, _ = planned(left, base, needs, of=host(ServerState.LAUNCHED))
+    assert [(each.engine.id, each.desired) for each in actions] == [(base.id, PAUSED)]
 
 
 def test_a_server_that_died_while_it_woke_is_started_again_whatever_the_restart_policy() -> None:

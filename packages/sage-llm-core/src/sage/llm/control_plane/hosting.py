@@ -64,7 +64,9 @@ class Hosts:
 
     @cached_property
     def _asleep(self) -> list[ServerRecord]:
-        return [each for each in self._servers if each.state is ServerState.SLEEPING and not self._is_gone(each)]
+        # While a server hosts an engine, it is still falling asleep and has not released its memory.
+        asleep = (each for each in self._servers if each.state is ServerState.SLEEPING and not self._hosted.get(each.id))
+        return [each for each in asleep if not self._is_gone(each)]
 
     def engines_on(self, server_id: str) -> Sequence[EngineRecord]:
         """Return the engines that a server hosts."""

@@ -125,6 +125,8 @@ def queue_of(
     pauses = {engine.id: claim_id for claim_id, server_id in paused for engine in hosts.engines_on(server_id)}
     woken = {wakes[engine_id].id for engine_id, each in decisions.items() if isinstance(each, Start) and engine_id in wakes}
     evicted = {server_id for _, server_id in paused if not hosts.engines_on(server_id)} - woken
+    chosen = {server_id for _, server_id in paused}
+    joins = {engine_id: server for engine_id, server in joins.items() if server.id not in chosen}
     return Queue(joins, decisions, wakes, pauses, frozenset(evicted))
 
 
