@@ -74,12 +74,12 @@ def gradients(model: PeftModel, micro_batches: list[tuple[Encoded, ...]], kernel
     collator = PackedCollator() if kernels else PaddedCollator(0)
     loss = CompletionLoss(kernels.head.weight, kernels.compute_dtype) if kernels else CompletionLoss()
     total = sum(sequence.trained_tokens for batch in micro_batches for sequence in batch)
-    value = torch.zeros(())
+    value = torch.zeros((), device=model.device)
     for micro_batch in micro_batches:
-        batch = collator([micro_batch])
+        batch = {name: tensor.to(model.device) for name, tensor in collator([micro_batch]).items()}
         labels = batch.pop("labels")
         part = loss(model(**batch, use_cache=False), labels, total)
         part.backward()
         value = value + part.detach().double()
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"loss": value, **found}
+    found = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": value.cpu(), **found}

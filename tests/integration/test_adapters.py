@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.inference_mode():
-        result = model.eval()(input_ids=torch.arange(3, 90)[None], use_cache=False).logits
+        result = model.eval()(input_ids=torch.arange(3, 90, device=model.device)[None], use_cache=False).logits.cpu()
     assert isinstance(result, torch.Tensor)
     return result
 

@@ -5,19 +5,26 @@ fine-tuning. To limit the memory, the queries of a long sample are split into bl
 """
 
 import functools
+import inspect
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9 and older
+    varlen_attn = None
 
 #: Name under which `attention_interface` is registered in transformers.
 NAME = "sage_packed"
 #: Number of queries per block. For a sample with only one block, the attention weights are saved for the backward pass.
 _BLOCK = 256
+_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 #: Samples are padded to a multiple of this many tokens, because oneDNN compiles a matrix product for each new size.
 _LENGTH_MULTIPLE = 32
 
@@ -89,36 +96,73 @@ def packed_attention(
     rotary: cosines and sines of the rotation angles, each (tokens, head_dim). None: queries and keys are already rotated.
     cu_seqlens: index of the first token of each sample, followed by the total number of tokens of the samples.
     """
-    if projected.is_cuda and (shape.window is None or max(map(operator.sub, cu_seqlens[1:], cu_seqlens)) <= shape.window):
+    if varlen_attn and projected.is_cuda and projected.dtype is torch.bfloat16:
+        return fused_attention(projected, rotary, cu_seqlens, shape, _varlen)
+    if projected.is_cuda and (shape.window is None or _longest(cu_seqlens) <= shape.window):
         return fused_attention(projected, rotary, cu_seqlens, shape)
     return _PackedAttention.apply(projected, rotary, cu_seqlens, shape)
 
 
-def fused_attention(
-    projected: Tensor, rotary: tuple[Tensor, Tensor] | None, cu_seqlens: Sequence[int], shape: AttentionShape
-) -> Tensor:
-    """Compute `packed_attention` with torch's scaled_dot_product_attention.
+Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, Sequence[int], AttentionShape], Tensor]
 
-    On a GPU, scaled_dot_product_attention does not store the attention scores. Sliding windows are not supported.
+
+def _sample_by_sample(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Sequence[int], shape: AttentionShape) -> Tensor:
+    """Attend with torch's scaled_dot_product_attention, which does not support sliding windows.
+
+    query, key, value: (tokens, heads, head_dim). The result has the shape of the query.
     """
-    columns = projected.view(projected.shape[0], -1, shape.head_dim).transpose(0, 1)
-    rotated, value = columns.split([shape.num_heads + shape.num_kv_heads, shape.num_kv_heads])
-    if rotary is not None:
-        cosine, sine = (angles[:, : shape.head_dim // 2] for angles in rotary)
-        first, second = rotated.chunk(2, dim=-1)
-        rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
-    query, key = rotated.split([shape.num_heads, shape.num_kv_heads])
     outputs = [
         nn.functional.scaled_dot_product_attention(
-            *(states[None, :, start:stop] for states in (query, key, value)),
+            *(states[None, start:stop].transpose(1, 2) for states in (query, key, value)),
             is_causal=True,
             scale=shape.scaling,
             enable_gqa=shape.groups > 1,
-        )[0]
+        )[0].transpose(0, 1)
         for start, stop in itertools.pairwise(cu_seqlens)
     ]
-    joined = torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
-    return nn.functional.pad(joined, (0, 0, 0, projected.shape[0] - cu_seqlens[-1]))
+    return torch.cat(outputs)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Sequence[int], shape: AttentionShape) -> Tensor:
+    """Attend like `_sample_by_sample`, with one FlashAttention kernel for all samples. Needs a GPU and 16-bit tensors."""
+    bounds, longest = _bounds(tuple(cu_seqlens), query.device), _longest(cu_seqlens)
+    window = (-1 if shape.window is None else shape.window - 1, 0)  # the numbers of earlier and of later keys
+    # Releases of torch without this parameter accept fewer key heads than query heads.
+    grouped = {"enable_gqa": shape.groups > 1} if "enable_gqa" in _VARLEN_PARAMETERS else {}
+    given = query.contiguous(), key.contiguous(), value.contiguous(), bounds, bounds, longest, longest
+    return varlen_attn(*given, scale=shape.scaling, window_size=window, **grouped)
+
+
+def fused_attention(
+    projected: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    cu_seqlens: Sequence[int],
+    shape: AttentionShape,
+    attend: Attend = _sample_by_sample,
+) -> Tensor:
+    """Compute `packed_attention` with a kernel of torch that does not store the attention scores on a GPU."""
+    tokens = projected.shape[0]
+    columns = projected.view(tokens, -1, shape.head_dim)
+    rotated, value = columns.split([shape.num_heads + shape.num_kv_heads, shape.num_kv_heads], dim=1)
+    if rotary is not None:
+        cosine, sine = (angles[:, None, : shape.head_dim // 2] for angles in rotary)
+        first, second = rotated.chunk(2, dim=-1)
+        rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    query, key = rotated.split([shape.num_heads, shape.num_kv_heads], dim=1)
+    trained = cu_seqlens[-1]
+    outputs = attend(query[:trained], key[:trained], value[:trained], cu_seqlens, shape).flatten(1)
+    return nn.functional.pad(outputs, (0, 0, 0, tokens - trained))
+
+
+@functools.lru_cache(maxsize=1)
+def _bounds(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return `cu_seqlens` as a tensor. The last result is cached, because all layers of a step have the same samples."""
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+
+
+def _longest(cu_seqlens: Sequence[int]) -> int:
+    """Return the number of tokens of the longest sample."""
+    return max(map(operator.sub, cu_seqlens[1:], cu_seqlens))
 
 
 @functools.lru_cache(maxsize=1)

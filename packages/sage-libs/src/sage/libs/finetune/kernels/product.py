@@ -45,6 +45,8 @@ def lm_head_logits(states: Tensor, lm_head: Tensor, compute_dtype: torch.dtype) 
 def lm_head_backward(grad_logits: Tensor, lm_head: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """Return grad_logits @ lm_head, (rows, hidden_size), in `compute_dtype`."""
     if grad_logits.dtype is compute_dtype:
+        if grad_logits.is_cuda:
+            return grad_logits @ lm_head
         return torch.cat([piece @ lm_head for piece in grad_logits.split(_CHUNK_ROWS)])
     out = grad_logits.new_zeros(len(grad_logits), lm_head.shape[1], dtype=compute_dtype)
     for columns, part in zip(grad_logits.split(_CHUNK_VOCAB, dim=1), lm_head.split(_CHUNK_VOCAB), strict=True):

@@ -1,0 +1,37 @@
+"""The gradients of a training step on a GPU, compared with those on a CPU."""
+
+import pytest
+import torch
+from decoders import FAMILIES, gradients, samples, trainable
+from torch import Tensor
+
+from sage.libs.finetune.kernels.install import install
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+
+def on_gpu(family: str, dtype: torch.dtype, *, fast: bool) -> dict[str, Tensor]:
+    model = trainable(FAMILIES[family](), torch.float32).to("cuda", dtype)
+    kernels, summary = install(model.get_base_model()) if fast else (None, "")
+    assert bool(kernels) == fast, summary
+    return gradients(model, [samples()], kernels)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradients_on_a_gpu_equal_those_on_a_cpu(family: str) -> None:
+    truth = gradients(trainable(FAMILIES[family](), torch.float32), [samples()], None)
+    found = on_gpu(family, torch.float32, fast=True)
+    for name, expected in truth.items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_error_of_gradients_in_bf16_is_not_much_larger_than_without_kernels(family: str) -> None:
+    def distance(found: dict[str, Tensor]) -> float:
+        squares = [((found[name].double() - truth[name]) ** 2).sum() for name in truth if name != "loss"]
+        return float(torch.stack(squares).sum().sqrt())
+
+    truth = gradients(trainable(FAMILIES[family](), torch.float32).double(), [samples()], None)
+    fast, plain = on_gpu(family, torch.bfloat16, fast=True), on_gpu(family, torch.bfloat16, fast=False)
+    assert distance(fast) < 1.2 * distance(plain)  # rounding errors are random
+    assert abs(fast["loss"] - truth["loss"]) < 0.01 * truth["loss"]
