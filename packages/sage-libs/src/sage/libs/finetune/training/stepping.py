@@ -120,4 +120,6 @@ class AdaptingTrainer(UnboundedEpochs):
 
     def _checkpoint(self) -> None:
         self._may_checkpoint, self._checkpoints = False, True
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        # Older releases of transformers have only the second name, which newer releases deprecate.
+        enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
