@@ -1,5 +1,6 @@
 """Training runs with options other than the defaults, and with too little memory."""
 
+import importlib.util
 import json
 import os
 import re
@@ -260,7 +261,7 @@ def test_gradient_checkpointing_is_enabled_if_a_single_sample_does_not_fit_into_
     assert "Out of memory: a single sample of 512 tokens does not fit into memory." in log
 
 
-def precision(asked: str, width: int = 64, *, use_8bit: bool = True, **begun: bool) -> Precision:
+def precision(asked: str, width: int = 64, *, use_8bit: bool = True, **begun: int) -> Precision:
     config = FinetuneConfig(base_model="m", dataset_path="d", output_dir="o", precision=asked, use_8bit=use_8bit)
     return choose_precision(config, RunStatus(**begun), width)
 
@@ -300,6 +301,21 @@ def test_the_base_model_is_stored_in_int8_if_int8_is_faster(monkeypatch: pytest.
     gain, why = int8.measured_speedup(64, torch.float32)
     assert why
     assert gain >= 0
+
+
+def test_on_a_gpu_the_base_model_is_quantized_only_if_memory_is_scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert not precision("auto").may_shrink  # bitsandbytes is not importable in tests
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    chosen = precision("auto")
+    assert (chosen.bf16, chosen.base_bits, chosen.may_shrink) == (True, None, True)
+    assert (chosen.shrunk().bf16, chosen.shrunk().base_bits) == (True, 8)
+    assert precision("fp32").shrunk().base_bits == 8
+    assert not precision("auto", use_8bit=False).may_shrink
+    assert precision("auto", bf16=True, base_bits=8).base_bits == 8  # a resumed run keeps its number formats
+    # The int8 kernels of a run that began on a CPU do not run on a GPU.
+    assert not precision("auto", bf16=False, int8_products=True).int8_products
 
 
 def test_a_run_stores_weights_in_bf16_if_memory_is_scarce(

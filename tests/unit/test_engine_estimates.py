@@ -14,6 +14,7 @@ from sage.common.errors import ModelError
 from sage.common.paths import get_user_paths
 from sage.common.training import StartedEvent, StepEvent
 from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.run import history
 from sage.libs.finetune.run.estimate import Formats
 from sage.libs.finetune.run.history import default_formats, earlier_run, training_seconds
 from sage.libs.finetune.run.rundir import RunDirectory, RunSpec
@@ -123,6 +124,19 @@ def test_without_an_earlier_run_the_largest_number_formats_are_assumed(
     weights: Path, options: dict[str, Any], device: str, formats: Formats
 ) -> None:
     assert default_formats(run_config(weights, **options), device) == formats
+
+
+def test_the_least_memory_on_a_gpu_is_that_of_a_run_with_an_8_bit_base(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def least_bytes(**options: Any) -> int:
+        estimate = TrainerBackend().estimate(resolve_model(str(weights)), run_config(weights, **options))
+        assert estimate
+        return estimate.least_bytes
+
+    monkeypatch.setattr(environments, "device", lambda: "cuda")
+    monkeypatch.setattr(history, "find_bitsandbytes", lambda: Path("/bitsandbytes"))
+    assert least_bytes() < least_bytes(use_8bit=False) == least_bytes(quantization="none")
 
 
 def test_the_duration_of_a_run_follows_from_its_tokens_and_the_speed(weights: Path, tmp_path: Path) -> None:

@@ -118,7 +118,11 @@ OPTIONS = (
         "gradient_checkpointing", str, "auto", "Gradient checkpointing: on, off or auto (on if memory is short)."
     ),
     TrainingOption(
-        "use_8bit", bool, True, "Store the base model in 8 bits, if the device supports it.", "--use-8bit/--no-use-8bit"
+        "use_8bit",
+        bool,
+        True,
+        "Store the base model in 8 bits: on a CPU if this is faster, on a GPU if memory is scarce.",
+        "--use-8bit/--no-use-8bit",
     ),
     TrainingOption("quantization", str, None, "Quantization of the base model: 8bit, 4bit or none; overrides --use-8bit."),
     TrainingOption("seed", int, 42, "Random seed for the initial adapter weights, the order of the samples, and dropout."),

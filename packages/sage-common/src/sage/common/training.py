@@ -189,6 +189,9 @@ class StartedEvent(RunEvent):
     int8_products: bool = Field(
         False, description="Whether weights are stored in int8 and matrix products use int8; only with SAGE's kernels."
     )
+    base_bits: int | None = Field(
+        None, description="Bits per weight of the base model if bitsandbytes quantizes it, else null."
+    )
     precision: str | None = Field(
         None, description="The numeric precision of the training, and why it is used, as text for users."
     )

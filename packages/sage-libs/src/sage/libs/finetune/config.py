@@ -132,7 +132,9 @@ class FinetuneConfig(BaseModel):
         "auto", description="Recompute activations instead of storing them; auto: only if memory is insufficient."
     )
     use_8bit: bool = Field(
-        True, description="Quantize the base model to 8 bits; on a CPU, only if a measurement shows that training is faster."
+        True,
+        description="Quantize the base model to 8 bits: on a CPU if a measurement shows that training is faster; on a GPU "
+        "with bitsandbytes if memory is scarce.",
     )
     quantization: Literal["8bit", "4bit", "none"] | None = Field(
         None, description="Quantization of the frozen base model with bitsandbytes, on any device; overrides use_8bit."

@@ -27,8 +27,13 @@ def find_bitsandbytes() -> Path | None:
     return aside if (aside / "bitsandbytes").is_dir() else None
 
 
+def may_quantize_base(config: FinetuneConfig) -> bool:
+    """Return whether a run on a GPU may store the base model in 8 bits to save memory."""
+    return config.finetuning_type == "lora" and config.use_8bit and config.quantization is None
+
+
 def make_importable(config: FinetuneConfig) -> None:
     """Add the folder of bitsandbytes to `sys.path` if the config allows bitsandbytes. Call this before importing PEFT."""
-    may_use = config.quantization in ("8bit", "4bit") or (config.quantization is None and config.use_8bit and has_gpu())
+    may_use = config.quantization in ("8bit", "4bit") or (may_quantize_base(config) and has_gpu())
     if may_use and (folder := find_bitsandbytes()) and str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -2,14 +2,14 @@
 
 import contextlib
 import heapq
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sage.libs.finetune.config import FinetuneConfig
+from sage.libs.finetune.quantization import find_bitsandbytes, may_quantize_base
 from sage.libs.finetune.run.estimate import Formats
 from sage.libs.finetune.run.rundir import RunDirectory
 from sage.libs.finetune.run.summary import read_status
@@ -45,8 +45,7 @@ def earlier_run(root: Path, config: FinetuneConfig) -> EarlierRun | None:
                 continue
             status = read_status(run)
             if status.bf16 is not None:
-                bits = None if config.quantization in (None, "none") else int(config.quantization[0])
-                formats = Formats(status.bf16, bool(status.bf16_products), bits, bool(status.int8_products))
+                formats = Formats(status.bf16, bool(status.bf16_products), status.base_bits, bool(status.int8_products))
                 return EarlierRun(formats, status.metrics.tokens_per_second)
     return None
 
@@ -60,12 +59,14 @@ def default_formats(config: FinetuneConfig, device: str) -> Formats:
     if config.finetuning_type == "full":
         return Formats(bf16_products=config.precision == "bf16")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device == "cuda")
-    if config.quantization:
-        bits = None if config.quantization == "none" else int(config.quantization[0])
-    else:
-        has_8bit = device == "cuda" and config.use_8bit and importlib.util.find_spec("bitsandbytes") is not None
-        bits = 8 if has_8bit else None
+    bits = None if config.quantization in (None, "none") else int(config.quantization[0])
     return Formats(bf16, bf16, bits)
+
+
+def smallest_formats(config: FinetuneConfig, formats: Formats, device: str) -> Formats:
+    """Return the number formats that a run has if memory is scarce.  formats: those that it has otherwise."""
+    may_quantize = device == "cuda" and may_quantize_base(config) and find_bitsandbytes() is not None
+    return replace(formats, base_bits=8) if may_quantize and formats.base_bits is None else formats
 
 
 def training_seconds(config: FinetuneConfig, tokens_per_second: float | None) -> float | None:

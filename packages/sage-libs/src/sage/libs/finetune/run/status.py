@@ -59,6 +59,7 @@ class RunStatus:
     bf16: bool | None = None  #: True: the base model is in bf16; False: in fp32
     bf16_products: bool | None = None  #: whether matrix products are computed in bf16
     int8_products: bool | None = None  #: whether SAGE's training step quantizes layers to int8 and uses int8 products
+    base_bits: int | None = None  #: bits per weight if bitsandbytes quantizes the base model, else None
     estimated_memory_bytes: int | None = None  #: peak memory that was estimated before the first step
     halvings: int = 0  #: how many times each micro-batch is cut in half to save memory
     activation_checkpointing: bool = False  #: whether activations are recomputed to save memory
@@ -192,6 +193,7 @@ def _started(status: RunStatus, event: StartedEvent) -> dict[str, Any]:
         "bf16": event.bf16,
         "bf16_products": event.bf16 if event.bf16_products is None else event.bf16_products,
         "int8_products": event.int8_products,
+        "base_bits": event.base_bits,
         "estimated_memory_bytes": event.estimated_memory_bytes,
     }
 

@@ -26,7 +26,7 @@ class Precision:
     int8_products: bool  #: whether SAGE's kernels quantize the frozen layers and use int8 products in training
     why: str  #: reason for bf16 or fp32
     held: str  #: number format of the base model, and the reason
-    may_shrink: bool = False  #: whether base and activations can be changed to bf16 if memory is scarce
+    may_shrink: bool = False  #: whether `shrunk` returns formats that need less memory and are allowed
 
     @property
     def reason(self) -> str:
@@ -40,7 +40,9 @@ class Precision:
         return torch.bfloat16 if self.bf16_products else torch.float32
 
     def shrunk(self) -> "Precision":
-        """Return a copy with base and activations in bf16."""
+        """Return a copy that needs less memory: on a GPU, with an 8-bit base; on a CPU, with bf16 base and activations."""
+        if torch.cuda.is_available():
+            return replace(self, base_bits=8, may_shrink=False, held="8-bit base (bitsandbytes): memory is scarce")
         return replace(self, bf16=True, may_shrink=False, why=f"memory is scarce; {self.why}")
 
     def without_kernels(self, asked: str) -> "Precision":
@@ -67,33 +69,35 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     begun: status of the run before this start. A resumed run keeps its number formats.
     width: hidden size of the model.
     """
-    base_bits, held = _base(config)
+    base_bits, may_quantize, held = _base(config)
     is_ours = config.method == "sft" and config.finetuning_type == "lora" and config.fast_kernels == "auto"
     may_mix = is_ours and base_bits is None and not torch.cuda.is_available()
     asked = None if config.precision == "auto" else config.precision == "bf16"
     if begun.bf16 is not None:
-        is_int8 = bool(begun.int8_products)
-        held = "8-bit base" if is_int8 else held
+        # The int8 kernels run on a CPU only. A run that began on a CPU can be resumed on a GPU, with other rounding errors.
+        is_int8, base_bits = bool(begun.int8_products) and not torch.cuda.is_available(), base_bits or begun.base_bits
+        held = "8-bit base" if is_int8 or base_bits == 8 else held
         return Precision(
             begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "chosen before the run was resumed", held
         )
     if asked is False or (asked and not may_mix):
-        return Precision(asked, asked, base_bits, False, "set by --precision", held)
+        return Precision(asked, asked, base_bits, False, "set by --precision", held, may_shrink=may_quantize)
     products, measured = _fastest()
     bf16 = products if asked is None else asked
     is_int8 = False
     if may_mix and config.use_8bit and config.quantization is None:
         is_int8, held = _int8(torch.bfloat16 if products else torch.float32, width)
-    return Precision(bf16, products, base_bits, is_int8, measured, held, may_shrink=may_mix and not bf16)
+    return Precision(bf16, products, base_bits, is_int8, measured, held, may_shrink=may_quantize or (may_mix and not bf16))
 
 
-def _base(config: FinetuneConfig) -> tuple[int | None, str]:
-    """Return the bits per weight if bitsandbytes quantizes the base model, else None. Also return the reason as text.
+def _base(config: FinetuneConfig) -> tuple[int | None, bool, str]:
+    """Return how bitsandbytes quantizes the base model.
 
-    Raises ConfigError if bitsandbytes is required but not installed.
+    Returns the bits per weight (None: not quantized), whether the base may be stored in 8 bits if memory is scarce, and the
+    reason as text. Raises ConfigError if bitsandbytes is required but not installed.
     """
     if config.finetuning_type == "full" or config.quantization == "none" or not (config.quantization or config.use_8bit):
-        return None, "base not quantized"
+        return None, False, "base not quantized"
     is_installed = importlib.util.find_spec("bitsandbytes") is not None
     if config.quantization:
         if not is_installed:
@@ -104,10 +108,11 @@ def _base(config: FinetuneConfig) -> tuple[int | None, str]:
                 "--quantization.",
                 param="quantization",
             )
-        return int(config.quantization[0]), f"{config.quantization} base (bitsandbytes)"
+        return int(config.quantization[0]), False, f"{config.quantization} base (bitsandbytes)"
     if not torch.cuda.is_available():
-        return None, "base not quantized"
-    return (8, "8-bit base (bitsandbytes)") if is_installed else (None, "base not in int8: bitsandbytes is not installed")
+        return None, False, "base not quantized"
+    why = "memory is not scarce" if is_installed else "bitsandbytes is not installed"
+    return None, is_installed, f"base not in 8 bits: {why}"
 
 
 def _int8(dtype: torch.dtype, width: int) -> tuple[bool, str]:

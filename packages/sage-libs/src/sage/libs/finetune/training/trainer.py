@@ -266,6 +266,7 @@ class TrainingRun:
             "bf16": self.loaded.precision.bf16,
             "bf16_products": self.loaded.precision.bf16_products,
             "int8_products": self.loaded.precision.int8_products,
+            "base_bits": self.loaded.precision.base_bits,
             "precision": self.loaded.precision.reason,
             "kernels": self.loaded.step_summary,
             "estimated_memory_bytes": self.estimated_bytes,

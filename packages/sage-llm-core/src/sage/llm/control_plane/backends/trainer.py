@@ -1,6 +1,7 @@
 """The backend for SAGE's own trainer. Each training run has its own worker process."""
 
 import sys
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -8,7 +9,7 @@ from pydantic import BaseModel
 from sage.common.paths import get_user_paths
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.run.estimate import CUDA_BYTES, FRAMEWORK_BYTES, TrainingMemory, expected_kernels
-from sage.libs.finetune.run.history import default_formats, earlier_run
+from sage.libs.finetune.run.history import default_formats, earlier_run, smallest_formats
 from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind
 from sage.llm.control_plane.backends import environments
@@ -27,7 +28,8 @@ class TrainerBackend:
     def estimate(self, model: ModelSource, options: FinetuneConfig) -> MemoryEstimate | None:
         """Return the memory of a run with its largest micro-batch.
 
-        `least_bytes` is the memory of a run with a micro-batch of one sample, which has `max_seq_length` tokens.
+        `least_bytes` is the memory of a run with a micro-batch of one sample, which has `max_seq_length` tokens, and
+        with the smallest number formats that the options allow.
         The number formats are those of an earlier run with the same model and options. If there is no such run, the largest
         number formats that the run can have are assumed.
         """
@@ -35,6 +37,8 @@ class TrainerBackend:
         if needs is None:
             return None
         breakdown = needs.largest()
+        smallest = smallest_formats(options, needs.formats, environments.device())
+        needs = replace(needs, formats=smallest, has_kernels=expected_kernels(options, smallest))
         return MemoryEstimate(breakdown, min(breakdown.total_bytes, needs.least(options.max_seq_length).total_bytes))
 
     def memory_bytes(self, model: ModelSource, options: FinetuneConfig) -> int | None:
