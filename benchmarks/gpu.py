@@ -11,6 +11,8 @@ import re
 import statistics
 import sys
 import time
+from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +51,32 @@ def model_folder(name: str, work: Path) -> Path:
     config = SHAPES[name]
     config.eos_token_id, config.pad_token_id, config.bos_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id, None
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def ours(model: Path, data: Path, work: Path, tokens: int, steps: int) -> dict[str, float]:
-    """Train with SAGE in a worker process; return tokens/s (median without the first third of steps) and peak memory."""
+def ours(model: Path, data: Path, work: Path, tokens: int, steps: int, quantization: str = "none") -> dict[str, float]:
+    """Train with SAGE in a worker process; return tokens/s (without the first third of steps) and peak memory.
+
+    quantization: the value of the run's option: `none`, `8bit` or `4bit`.
+    """
     manager = FinetuneManager(work / "runs")
     config = FinetuneConfig(
         base_model=str(model), dataset_path=str(data), output_dir=str(work / f"gpu-{time.time_ns()}"), pack_tokens=tokens,
-        max_seq_length=tokens, max_steps=steps, save_steps=10_000, quantization="none", warmup_steps=0,
+        max_seq_length=tokens, max_steps=steps, save_steps=10_000, quantization=quantization,
+        warmup_steps=0,
     )  # fmt: skip
     task = manager.create(config)
     measured([sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)])
-    events = [event.model_dump(mode="json") for event, _ in manager.events(task) if event.event == "step"]
-    speeds = [event["tokens_per_second"] for event in events[len(events) // 3 :]]
-    return {"tokens_per_second": statistics.median(speeds), "peak_bytes": max(event["memory_bytes"] for event in events)}
+    events = [event.model_dump(mode="json") for event, _ in manager.events(task) if event.event in ("started", "step")]
+    begin, *ends = (datetime.fromisoformat(event["time"]) for event in events)
+    # `tokens_per_second` of an event is the mean over all steps so far.
+    tokens_per_step = events[-1]["tokens_per_second"] * (ends[-1] - begin).total_seconds() / len(ends)
+    warm = len(ends) // 3
+    seconds = (ends[-1] - ends[warm]).total_seconds() / (len(ends) - 1 - warm)
+    return {"tokens_per_second": tokens_per_step / seconds, "peak_bytes": max(event["memory_bytes"] for event in events[1:])}
 
 
 def peer(python: str, kind: str, model: Path, data: Path, tokens: int, steps: int) -> dict[str, float]:
@@ -84,6 +95,7 @@ def main() -> None:
     parser.add_argument("--plain", help="Python interpreter of an environment with TRL")
     parser.add_argument("--liger", help="Python interpreter of an environment with TRL and Liger kernels")
     parser.add_argument("--unsloth", help="Python interpreter of an environment with Unsloth")
+    parser.add_argument("--quantized", default="", help="also measure SAGE with these values of `quantization`: 8bit,4bit")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
@@ -91,20 +103,24 @@ def main() -> None:
     arguments = parser.parse_args()
     work, data = arguments.work.resolve(), arguments.data.resolve()
     kinds = [kind for kind in ("plain", "liger", "unsloth") if getattr(arguments, kind)]
+    quantized = [value for value in arguments.quantized.split(",") if value]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     lines = [f"{device}; packed to {arguments.tokens} tokens; {arguments.rounds} rounds.", ""]
     lines += ["| model | trainer | tokens/s | peak memory |", "|---|---|---|---|"]
     for name in arguments.models.split(","):
         model = model_folder(name, work)
-        runs: dict[str, list[dict[str, Any]]] = {"SAGE": [], **{kind: [] for kind in kinds}}
+        runs: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
         for _ in range(arguments.rounds):
             runs["SAGE"].append(ours(model, data, work, arguments.tokens, arguments.steps))
+            for value in quantized:
+                runs[f"SAGE, {value}"].append(ours(model, data, work, arguments.tokens, arguments.steps, value))
             for kind in kinds:
                 runs[kind].append(peer(getattr(arguments, kind), kind, model, data, arguments.tokens, arguments.steps))
         for trainer, done in runs.items():
             speed = statistics.median(run["tokens_per_second"] for run in done)
             peak = max(run["peak_bytes"] for run in done) / 1e9
             lines.append(f"| {name} | {trainer} | {speed:.0f} | {peak:.2f} GB |")
+            print(lines[-1], flush=True)
     arguments.out.write_text("\n".join(lines) + "\n")
     print(arguments.out.read_text())
 

@@ -2,7 +2,7 @@
 
 The model and the run do not fit into `memory_limit_gb` together, and the run is started with `--on-busy preempt`.
 The client retries a 503 after the time in `Retry-After`. Both values of the setting `paused_requests` are measured.
-The table is written to `benchmarks/results/making_room.md`.
+The table is written to `benchmarks/results/making_room.md`, or on a machine with a GPU to `gpu-making_room.md`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 import aiohttp
+from machine import machine, results
 from serving.home import gateway, start
 from train import MODEL
 
@@ -23,9 +24,7 @@ from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import resolve_model
 from sage.llm.client import SageClient
 from sage.llm.client.types import SETTLED, EngineState
-from sage.llm.control_plane.backends.speeds import processor
 
-RESULTS = Path(__file__).parent / "results/making_room.md"
 DATA = Path(__file__).parents[1] / "examples/data/sample_train.jsonl"
 LIMIT_GB, PACK_TOKENS = 2.5, 512
 EVERY_SECONDS, QUIET_SECONDS = 1.0, 5.0
@@ -65,11 +64,12 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="steps of the training run")
+    parser.add_argument("--settings", default="hold,reject", help="values of the setting `paused_requests`")
     arguments = parser.parse_args()
     base = local_folder(resolve_model(MODEL))
     os.environ["SAGE_MEMORY_LIMIT_GB"] = str(LIMIT_GB)
     outcomes = {}
-    for setting in ("hold", "reject"):
+    for setting in arguments.settings.split(","):
         os.environ["SAGE_PAUSED_REQUESTS"] = setting
         with tempfile.TemporaryDirectory() as work, gateway(Path(work) / "home") as client:
             outcomes[setting] = asyncio.run(make_room(client, base, Path(work), arguments.steps))
@@ -78,17 +78,17 @@ def main() -> None:
     rows = [head, ("---",) * len(head), *(outcome.row(setting) for setting, outcome in outcomes.items())]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     text = (
-        f"{processor()}, {os.cpu_count()} cores; SmolLM2-135M; `memory_limit_gb` {LIMIT_GB}; a LoRA training of "
+        f"{machine()}; SmolLM2-135M; `memory_limit_gb` {LIMIT_GB}; a LoRA training of "
         f"{arguments.steps} steps of {PACK_TOKENS} tokens\nwith `--on-busy preempt`; one request every {EVERY_SECONDS:g} s, "
         "which is retried after a 503; each answer is compared with an answer\nbefore the training.\n\n"
     )
-    RESULTS.write_text(f"{text}{table}\n")
+    results("making_room.md").write_text(f"{text}{table}\n")
     print(f"{text}{table}")
 
 
 async def make_room(client: SageClient, base: Path, work: Path, steps: int) -> Outcome:
     """Serve the model, train, and wait until the model runs again. A client sends requests all the time."""
-    served, _ = await asyncio.to_thread(start, client, base, "served", "transformers", {})
+    served, _ = await asyncio.to_thread(start, client, base, "served", "transformers", {"dtype": "fp32"})
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
         expected = (await ask(session, client.base_url)).text
         requests: list[asyncio.Task[Reply]] = []

@@ -1,23 +1,23 @@
 """Measure the installed backends with SmolLM2-135M-Instruct.
 
 The cases are the base model, one adapter and 16 adapters, with direct requests and with requests through the gateway.
-The results are printed and written to `benchmarks/results/serving.md` and `serving.json`.
+The results are printed and written to `serving.md` and `serving.json` in `benchmarks/results`, or on a machine with a GPU to
+`gpu-serving.md` and `gpu-serving.json`.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from machine import machine
 from train import MODEL
 
 from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import resolve_model
 from sage.llm.client.types import BackendView
-from sage.llm.control_plane.backends.speeds import processor
 from serving import report
 from serving.home import gateway
 from serving.measuring import SAME_PRECISION, Result, run
@@ -33,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--adapters", type=int, default=16)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: for transformers and vllm only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         home = Path(work)
@@ -45,7 +46,7 @@ def main() -> None:
         with gateway(home) as client:
             known = {backend.name: backend for backend in client.backends()}
             for candidate in arguments.backends.split(","):
-                result = _result(candidate, known)
+                result = _result(candidate, known, arguments.dtype)
                 results.append(result)
                 if result.reason:
                     continue
@@ -53,17 +54,20 @@ def main() -> None:
                     run(client, result, base, adapters, answers=arguments.answers, tokens=arguments.tokens)
                 except Exception as error:  # noqa: BLE001 # continue with the other backends
                     result.reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        machine = f"{processor()}, {os.cpu_count()} cores"
         what = f"SmolLM2-135M-Instruct, answers of {arguments.tokens} tokens, adapters of rank 8 in all linear layers."
-        print(report.write(results, machine, what))
+        print(report.write(results, machine(), what))
 
 
-def _result(candidate: str, known: Mapping[str, BackendView]) -> Result:
+def _result(candidate: str, known: Mapping[str, BackendView], dtype: str) -> Result:
     name, _, quantize = candidate.partition(":")
     backend = known.get(name)
     if backend is None:
         return Result(name, "", "", reason="this version does not have this backend")
-    options, precision = ({"quantize": quantize}, quantize) if quantize else SAME_PRECISION.get(name, ({}, "the default"))
+    options, precision = SAME_PRECISION.get(name, ({}, "the default"))
+    if quantize:
+        options, precision = {"quantize": quantize}, quantize
+    elif "dtype" in options:
+        options, precision = {"dtype": dtype}, dtype
     result = Result(name, backend.version, precision, options)
     result.reason = "" if backend.is_installed else f"not installed: `sage backend install {name}`"
     return result

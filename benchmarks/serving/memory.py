@@ -1,4 +1,4 @@
-"""Measure the peak memory of process trees."""
+"""Measure the peak memory of process trees: GPU memory if they use a GPU, else main memory."""
 
 import contextlib
 import threading
@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import Self
 
 import psutil
+
+from sage.llm.control_plane.inventory.gpus import gpu_memory_of
 
 _SAMPLE_SECONDS = 0.2
 
@@ -43,5 +45,5 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._done.is_set():
-            self.peak_bytes = max(self.peak_bytes, sum(map(pss_bytes, self._pids)))
+            self.peak_bytes = max(self.peak_bytes, sum(gpu_memory_of(pid) or pss_bytes(pid) for pid in self._pids))
             self._done.wait(_SAMPLE_SECONDS)

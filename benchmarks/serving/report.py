@@ -3,19 +3,18 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
+
+from machine import results as path_of
 
 from serving.measuring import Result, Row, median
 
-RESULTS = Path(__file__).parents[1] / "results"
-
 
 def write(results: Sequence[Result], machine: str, what: str) -> str:
-    """Write `results/serving.json` and `results/serving.md`; return the text of `serving.md`."""
+    """Write `serving.json` and `serving.md`; return the text of `serving.md`."""
     content = {"machine": machine, "what": what, "backends": [asdict(result) for result in results]}
-    (RESULTS / "serving.json").write_text(json.dumps(content, indent=1) + "\n")
+    path_of("serving.json").write_text(json.dumps(content, indent=1) + "\n")
     text = "\n".join(_lines(results, machine, what)) + "\n"
-    (RESULTS / "serving.md").write_text(text)
+    path_of("serving.md").write_text(text)
     return text
 
 
