@@ -6,6 +6,7 @@ from decoders import FAMILIES, gradients, samples, trainable
 from torch import Tensor
 
 from sage.libs.finetune.kernels.install import install
+from sage.libs.finetune.training.batching import PackedCollator
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 
@@ -23,6 +24,16 @@ def test_the_gradients_on_a_gpu_equal_those_on_a_cpu(family: str) -> None:
     found = on_gpu(family, torch.float32, fast=True)
     for name, expected in truth.items():
         torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_training_step_follows_an_evaluation_of_the_same_samples() -> None:
+    model = trainable(FAMILIES["llama"](), torch.float32).to("cuda", torch.bfloat16)
+    kernels, _ = install(model.get_base_model())
+    with torch.inference_mode():
+        batch = PackedCollator()([samples()])
+        batch.pop("labels")
+        model(**{name: tensor.to("cuda") for name, tensor in batch.items()}, use_cache=False)
+    assert gradients(model, [samples()], kernels)["loss"] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from sage.libs.finetune.kernels import attention
 from sage.libs.finetune.kernels.attention import AttentionShape, fused_attention, packed_attention
 from sage.libs.finetune.kernels.install import Kernels, install
 from sage.libs.finetune.training.batching import PackedCollator
@@ -167,6 +168,11 @@ def test_kernels_can_be_disabled_for_generation() -> None:
         after = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert before.tolist() == after.tolist()
     gradients(model, [samples()], kernels)
+
+
+def test_the_bounds_of_samples_are_normal_tensors_even_during_an_evaluation() -> None:
+    with torch.inference_mode():
+        assert not attention._bounds((0, 5, 12), torch.device("cpu")).is_inference()
 
 
 @pytest.mark.parametrize("turned", [True, False])

@@ -316,6 +316,8 @@ def test_on_a_gpu_the_base_model_is_quantized_only_if_memory_is_scarce(monkeypat
     assert precision("auto", bf16=True, base_bits=8).base_bits == 8  # a resumed run keeps its number formats
     # The int8 kernels of a run that began on a CPU do not run on a GPU.
     assert not precision("auto", bf16=False, int8_products=True).int8_products
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert precision("auto", bf16=True, base_bits=8).base_bits is None
 
 
 def test_a_run_stores_weights_in_bf16_if_memory_is_scarce(

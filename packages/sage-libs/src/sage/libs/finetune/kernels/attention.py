@@ -149,15 +149,16 @@ def fused_attention(
         first, second = rotated.chunk(2, dim=-1)
         rotated = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     query, key = rotated.split([shape.num_heads, shape.num_kv_heads], dim=1)
-    trained = cu_seqlens[-1]
-    outputs = attend(query[:trained], key[:trained], value[:trained], cu_seqlens, shape).flatten(1)
-    return nn.functional.pad(outputs, (0, 0, 0, tokens - trained))
+    used = cu_seqlens[-1]  # the other tokens are padding
+    outputs = attend(query[:used], key[:used], value[:used], cu_seqlens, shape).flatten(1)
+    return nn.functional.pad(outputs, (0, 0, 0, tokens - used))
 
 
 @functools.lru_cache(maxsize=1)
 def _bounds(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     """Return `cu_seqlens` as a tensor. The last result is cached, because all layers of a step have the same samples."""
-    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    with torch.inference_mode(mode=False):  # a training step may get a tensor that was created during an evaluation
+        return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
 
 
 def _longest(cu_seqlens: Sequence[int]) -> int:

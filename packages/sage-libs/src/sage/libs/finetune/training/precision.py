@@ -74,8 +74,11 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     may_mix = is_ours and base_bits is None and not torch.cuda.is_available()
     asked = None if config.precision == "auto" else config.precision == "bf16"
     if begun.bf16 is not None:
-        # The int8 kernels run on a CPU only. A run that began on a CPU can be resumed on a GPU, with other rounding errors.
-        is_int8, base_bits = bool(begun.int8_products) and not torch.cuda.is_available(), base_bits or begun.base_bits
+        # SAGE's int8 kernels need a CPU. Without --quantization, bitsandbytes is used on a GPU only. If a run is resumed on
+        # another kind of device, its rounding errors differ.
+        is_gpu = torch.cuda.is_available()
+        is_int8 = bool(begun.int8_products) and not is_gpu
+        base_bits = base_bits or (begun.base_bits if is_gpu else None)
         held = "8-bit base" if is_int8 or base_bits == 8 else held
         return Precision(
             begun.bf16, bool(begun.bf16_products), base_bits, is_int8, "chosen before the run was resumed", held
