@@ -55,7 +55,7 @@ class TinyRun:
         return self
 
     def until_ended(self) -> RunStatus:
-        wait_for(lambda: self.status.state in ENDED, "the end")
+        wait_for(lambda: self.status.state in ENDED, "the end", 240)  # a slow machine takes more than 120 s
         wait_for(lambda: self.manager.process(self.task_id) is None, "the exit of the process")
         return self.status
 
