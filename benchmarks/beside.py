@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
+from machine import machine
 from serving.home import gateway, start, stop
 from serving.load import ask
 from train import MODEL
@@ -22,7 +23,6 @@ from train import MODEL
 from sage.libs.models.loading import local_folder
 from sage.libs.models.resolve import resolve_model
 from sage.llm.client import SageClient
-from sage.llm.control_plane.backends.speeds import processor
 
 RESULTS = Path(__file__).parent / "results/beside.md"
 DATA = Path(__file__).parents[1] / "examples/data/sample_train.jsonl"
@@ -58,9 +58,8 @@ def main() -> None:
         ("an answer, median s", f"{answers_alone:.2f}", f"{answers_beside:.2f}", f"{answers_beside / answers_alone:.2f}"),
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in [("", "alone", "beside the other", "ratio"), ("---",) * 4, *rows])
-    head = (
-        f"{processor()}, {os.cpu_count()} cores; SmolLM2-135M; backend {arguments.backend}; {arguments.seconds:.0f} s each;"
-        + (f" beside each other with {arguments.threads} thread(s) each;" if arguments.threads else "")
+    head = f"{machine()}; SmolLM2-135M; backend {arguments.backend}; {arguments.seconds:.0f} s each;" + (
+        f" beside each other with {arguments.threads} thread(s) each;" if arguments.threads else ""
     )
     head += f" an answer of {ANSWER_TOKENS} tokens every {EVERY_SECONDS:g} s beside a LoRA training on the same cores."
     RESULTS.write_text(f"{head}\n\n{table}\n")

@@ -23,6 +23,7 @@ import httpx
 import uvicorn
 from crowded_home import MODEL, Crowd, crowded_home, engine_record, server_record
 from fastapi import FastAPI
+from machine import machine
 from pydantic import BaseModel
 
 from sage.common.settings import load_settings
@@ -30,7 +31,6 @@ from sage.libs.models.resolve import ModelKind, ModelSource
 from sage.llm.client.types import EngineKind, EngineState, StartRequest
 from sage.llm.control_plane.backends.base import Capabilities, ServingOptions, WorkerBackend
 from sage.llm.control_plane.backends.registry import BACKENDS
-from sage.llm.control_plane.backends.speeds import processor
 from sage.llm.control_plane.executors.base import Observed
 from sage.llm.control_plane.launchers.base import DESCRIPTOR_ARGUMENT
 from sage.llm.control_plane.manager import ControlPlaneManager
@@ -262,7 +262,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "SAGE_LOG_LEVEL": "ERROR"}
     lines = [
-        f"{processor()}, {os.cpu_count()} cores; all times are medians; one process stands in for the engines' processes.",
+        f"{machine()}; all times are medians; one process stands in for the engines' processes.",
         "",
         "| what | cost |",
         "|---|---|",

@@ -65,8 +65,7 @@ def ours(model: Path, data: Path, work: Path, tokens: int, steps: int, quantizat
     manager = FinetuneManager(work / "runs")
     config = FinetuneConfig(
         base_model=str(model), dataset_path=str(data), output_dir=str(work / f"gpu-{time.time_ns()}"), pack_tokens=tokens,
-        max_seq_length=tokens, max_steps=steps, save_steps=10_000, quantization=quantization,
-        warmup_steps=0,
+        max_seq_length=tokens, max_steps=steps, save_steps=10_000, quantization=quantization, warmup_steps=0,
     )  # fmt: skip
     task = manager.create(config)
     measured([sys.executable, "-m", "sage.libs.finetune.worker", str(manager.run_directory(task).path)])

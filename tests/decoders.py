@@ -83,3 +83,9 @@ def gradients(model: PeftModel, micro_batches: list[tuple[Encoded, ...]], kernel
         value = value + part.detach().double()
     found = {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {"loss": value.cpu(), **found}
+
+
+def distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Return the Euclidean distance of all gradients together."""
+    squares = [((found[name].double() - truth[name]) ** 2).sum() for name in truth if name != "loss"]
+    return float(torch.stack(squares).sum().sqrt())

@@ -28,7 +28,7 @@ def find_bitsandbytes() -> Path | None:
 
 
 def may_quantize_base(config: FinetuneConfig) -> bool:
-    """Return whether a run on a GPU may store the base model in 8 bits to save memory."""
+    """Return whether the options let the run decide to store the base model in 8 bits."""
     return config.finetuning_type == "lora" and config.use_8bit and config.quantization is None
 
 

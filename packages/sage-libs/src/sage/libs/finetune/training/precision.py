@@ -8,6 +8,7 @@ import torch
 from sage.common.errors import ConfigError
 from sage.libs.finetune.config import FinetuneConfig
 from sage.libs.finetune.kernels import int8
+from sage.libs.finetune.quantization import may_quantize_base
 from sage.libs.finetune.run.status import RunStatus
 from sage.libs.finetune.training.timing import PROBE_ROWS, least_seconds
 
@@ -88,7 +89,7 @@ def choose_precision(config: FinetuneConfig, begun: RunStatus, width: int) -> Pr
     products, measured = _fastest()
     bf16 = products if asked is None else asked
     is_int8 = False
-    if may_mix and config.use_8bit and config.quantization is None:
+    if may_mix and may_quantize_base(config):
         is_int8, held = _int8(torch.bfloat16 if products else torch.float32, width)
     return Precision(bf16, products, base_bits, is_int8, measured, held, may_shrink=may_quantize or (may_mix and not bf16))
 

@@ -65,8 +65,9 @@ def gpu_memory_of(pid: int) -> int | None:
 
     The memory is the total of all processes in the session, on all GPUs.
     """
-    members = all_sessions().get(pid, [pid])
-    return sum(gpu.bytes_of(members) for gpu in list_gpus()) or None
+    gpus = list_gpus()
+    members = all_sessions().get(pid, [pid]) if gpus else []  # all processes are read only if there is a GPU
+    return sum(gpu.bytes_of(members) for gpu in gpus) or None
 
 
 def _gpus(nvml: Any) -> Iterator[Gpu]:
